@@ -1,0 +1,516 @@
+"""The balancer: what a user holds while training.
+
+Shapes: E experts, L MoE layers, B sequences, S length.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.bias import BiasRule, LayerBias
+from trimtab.hooks import MODEL_STATE, ROUTER_STATE, RouterState, after_model, after_router, before_model
+from trimtab.ledger import DeclaredTotals, Ledger
+from trimtab.losses import Objective
+from trimtab.metrics import RUNNING_DECAY, LayerSnapshot, summarize
+from trimtab.microbatch import Context, Follow, describe
+from trimtab.scale import Accumulation, GradReduction
+from trimtab.scores import ScoreName
+
+BALANCER = "_trimtab_balancer"
+
+
+class RouterView(Protocol):
+    """What the balancer must know of a router; `trimtab.integrations.discovery.FoundRouter` is one."""
+
+    @property
+    def canonical_name(self) -> str:
+        """Path in the model."""
+        ...
+
+    @property
+    def module(self) -> nn.Module:
+        """The router, whose output the hook sees."""
+        ...
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        ...
+
+    @property
+    def top_k(self) -> int:
+        """K."""
+        ...
+
+    @property
+    def score(self) -> ScoreName:
+        """Score function."""
+        ...
+
+    @property
+    def block(self) -> nn.Module:
+        """The module that calls the router."""
+        ...
+
+    @property
+    def expert_bias(self) -> Tensor | None:
+        """(E,) live selection bias."""
+        ...
+
+    def add_to_expert_bias(self, delta_E: Tensor) -> None:
+        """Move the selection bias in place."""
+        ...
+
+    @property
+    def grouped(self) -> bool:
+        """Whether selection is limited to expert groups."""
+        ...
+
+
+@dataclass(slots=True)
+class Layer:
+    """One balanced MoE layer.
+
+    Args:
+        router: the router.
+        bias: its bias balancing; None if no rule moves its bias.
+        running_load_E: (E,) decayed mean load, for MaxVio over many steps.
+    """
+
+    router: RouterView
+    bias: LayerBias | None = None
+    running_load_E: Tensor | None = None
+    hooks: list[Any] = field(default_factory=list)
+
+
+class Balancer:
+    """Balances the experts of one model over optimiser steps; made by `trimtab.attach`.
+
+    A step is ``num_microbatches`` training forwards and backwards, then the optimiser's step, then
+    `step`. Gradients are injected during backward; there is no loss to add.
+
+    Args:
+        objectives: losses, in any number.
+        bias_rule: rule for expert biases, or None.
+        accumulation: microbatches per step and their order.
+        reduction: how the host trainer treats gradients.
+        measure_every: steps between measurements of loss values, router entropy and logits; 0 for never.
+            Load, MaxVio and bias are known every step at no cost.
+    """
+
+    def __init__(
+        self,
+        objectives: Sequence[Objective],
+        bias_rule: BiasRule | None,
+        accumulation: Accumulation,
+        reduction: GradReduction,
+        measure_every: int = 10,
+    ) -> None:
+        names = [objective.name for objective in objectives]
+        repeated = {name for name in names if names.count(name) > 1}
+        if repeated:
+            raise ValueError(
+                f"objective {sorted(repeated)[0]!r} is given more than once; add the coefficients into one"
+            )
+        if measure_every < 0:
+            raise ValueError(f"measure_every={measure_every} must be at least 0; 0 never measures")
+        self.objectives = tuple(objectives)
+        self.bias_rule = bias_rule
+        self.accumulation = accumulation
+        self.reduction = reduction
+        self.measure_every = measure_every
+        units = {objective.unit for objective in objectives}
+        self.context = Context(
+            "document" if "document" in units else "sequence" if "sequence" in units else None
+        )
+        self.ledger = Ledger(objectives, accumulation, reduction)
+        self.layers: list[Layer] = []
+        self.num_steps = 0
+        self.bias_frozen = False
+        self._snapshots: list[LayerSnapshot] = []
+        self._declared = DeclaredTotals()  # of the step that the snapshots are of
+        self._model: nn.Module | None = None
+        self._context_module: nn.Module | None = None
+        self._context_hooks: list[Any] = []
+        self._arm()
+
+    # ---------------------------------------------------------------- construction
+
+    def add_router(self, router: RouterView, hook: dict[str, Any], bias_path: str | None) -> None:
+        """Open a ledger row for a router and put the hook on it.
+
+        Args:
+            router: the router.
+            hook: further arguments of `RouterState`.
+            bias_path: attribute path of the selection bias from ``router.`` or ``block.``.
+
+        Raises:
+            ValueError: an objective or the bias rule cannot serve this router.
+        """
+        name = router.canonical_name
+        try:
+            for objective in self.objectives:
+                objective.check(router.num_experts, router.top_k, self.accumulation)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        plain = router.expert_bias is None and not router.grouped
+        row = self.ledger.new_row(name, router.num_experts, router.top_k, router.score, plain)
+        layer = Layer(router, self._layer_bias(router))
+        extra: dict[str, Any] = {}
+        if layer.bias is not None and self.bias_rule is not None:
+            self.ledger.rows[row].statistic = self.bias_rule.statistic()
+            if self.ledger.rows[row].statistic is not None and bias_path is not None:
+                holder, _, path = bias_path.partition(".")
+                extra["bias_holder"] = router.module if holder == "router" else router.block
+                extra["bias_path"] = tuple(path.split("."))
+        state = RouterState(
+            ledger=self.ledger,
+            row=row,
+            context=self.context,
+            score=router.score,
+            top_k=router.top_k,
+            **hook,
+            **extra,
+        )
+        setattr(router.module, ROUTER_STATE, state)
+        layer.hooks.append(router.module.register_forward_hook(after_router, with_kwargs=True))
+        self.layers.append(layer)
+
+    def _layer_bias(self, router: RouterView) -> LayerBias | None:
+        rule = self.bias_rule
+        if rule is None:
+            return None
+        name = router.canonical_name
+        wanted = rule.config.layers
+        if wanted is not None and not any(fnmatch(name, pattern) for pattern in wanted):
+            return None
+        bias = router.expert_bias
+        if bias is None:
+            raise ValueError(
+                f"{type(rule).__name__} bias balancing needs an expert bias, but {name} "
+                f"({type(router.module).__name__}) has none; use a balance loss for this model, or name the "
+                "layers that have one with layers=(...)"
+            )
+        if bias.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"the expert bias of {name} is {bias.dtype}, in which updates of {rule.config.speed:g} are lost; "
+                "keep it in float32, as transformers does when a checkpoint is loaded"
+            )
+        try:
+            rule.check(router.num_experts, router.top_k, router.grouped)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        return LayerBias()
+
+    def add_context(self, model: nn.Module, module: nn.Module, argument_names: tuple[str, ...]) -> None:
+        """Put the hooks on ``module``, whose forward tells the batch, and the balancer on ``model``."""
+        self.context.argument_names = argument_names
+        setattr(module, MODEL_STATE, self.context)
+        self._context_hooks = [
+            module.register_forward_pre_hook(before_model, with_kwargs=True),
+            module.register_forward_hook(after_model, with_kwargs=True),
+        ]
+        self._model, self._context_module = model, module
+        setattr(model, BALANCER, self)
+
+    def remove(self) -> None:
+        """Take everything off the model again; its forward, attributes and state dict are as before."""
+        for layer in self.layers:
+            for hook in layer.hooks:
+                hook.remove()
+            delattr(layer.router.module, ROUTER_STATE)
+        for hook in self._context_hooks:
+            hook.remove()
+        if self._context_module is not None:
+            delattr(self._context_module, MODEL_STATE)
+        if self._model is not None:
+            delattr(self._model, BALANCER)
+        self.layers, self._context_hooks = [], []
+        self._context_module = self._model = None
+
+    # ---------------------------------------------------------------- during a step
+
+    def start_step(
+        self,
+        *,
+        num_microbatches: int | None = None,
+        num_tokens: int | None = None,
+        num_sequences: int | None = None,
+        num_documents: int | None = None,
+    ) -> None:
+        """Say what the coming step holds; needed only where microbatches differ in size or number.
+
+        With totals, ragged microbatches are exact: every weight uses the step's totals. Without them and
+        with plain accumulation each microbatch counts as 1 / M of the step.
+
+        Args:
+            num_microbatches: microbatches of this step, if not the configured number.
+            num_tokens: valid tokens of the step.
+            num_sequences: sequences of the step that have a valid token.
+            num_documents: documents of the step that have a valid token.
+
+        Raises:
+            RuntimeError: forwards of this step have already run.
+            ValueError: a number that is not positive.
+        """
+        if any(row.num_counted or row.num_forwards for row in self.ledger.rows):
+            raise RuntimeError(
+                "start_step comes before the step's first forward; call balancer.step() to end one"
+            )
+        given = {
+            "num_microbatches": num_microbatches,
+            "num_tokens": num_tokens,
+            "num_sequences": num_sequences,
+            "num_documents": num_documents,
+        }
+        for name, value in given.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if num_microbatches is not None:
+            for layer in self.layers:
+                for objective in self.objectives:
+                    step = Accumulation(num_microbatches=num_microbatches, order=self.accumulation.order)
+                    objective.check(layer.router.num_experts, layer.router.top_k, step)
+            self.ledger.num_microbatches = num_microbatches
+        self.ledger.declared = DeclaredTotals(num_tokens, num_sequences, num_documents)
+
+    @contextlib.contextmanager
+    def microbatch(
+        self,
+        *,
+        batch_shape: tuple[int, int] | None = None,
+        valid_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Iterator[None]:
+        """Describe the tokens of the forward inside the block, where the model's arguments cannot.
+
+        Args:
+            batch_shape: (B, S) of the tokens that routers see; read off the mask or positions if None.
+            valid_mask: (B, S), nonzero where a token counts; None for all.
+            cu_seqlens: document offsets in the flattened tokens.
+            position_ids: (B, S) positions that restart with each document.
+
+        Raises:
+            ValueError: no shape, or shapes that disagree.
+        """
+        known = valid_mask if valid_mask is not None else position_ids
+        if batch_shape is None and known is None:
+            raise ValueError("say batch_shape=(B, S), or give valid_mask or position_ids of that shape")
+        device = next((t.device for t in (valid_mask, position_ids, cu_seqlens) if t is not None), None)
+        if device is None:
+            device = next(self.layers[0].router.module.parameters()).device
+        shape = batch_shape if batch_shape is not None else (known.shape[0], known.shape[1])  # type: ignore[union-attr]
+        self.context.explicit = describe(
+            self.context.unit,
+            active=True,
+            batch_shape=shape,
+            device=device,
+            valid_mask=valid_mask,
+            cu_seqlens=cu_seqlens,
+            position_ids=position_ids,
+        )
+        try:
+            yield
+        finally:
+            self.context.explicit = None
+
+    @contextlib.contextmanager
+    def counting_pass(self) -> Iterator[None]:
+        """Run the step's microbatches forward inside this block first: they count, and nothing else.
+
+        With ``Accumulation(order="counting_pass")`` the counts of the whole step are then known before its
+        first backward. Use the same parameters and random state as in the step itself.
+
+        Raises:
+            RuntimeError: another order was configured.
+        """
+        if self.accumulation.order != "counting_pass":
+            raise RuntimeError(
+                f"a counting pass was not declared (order={self.accumulation.order!r}): its tokens would count "
+                "twice; attach with Accumulation(order='counting_pass')"
+            )
+        self.ledger.counting = self.context.counting = True
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.ledger.counting = self.context.counting = False
+
+    def follow(self, loss: Tensor) -> Tensor:
+        """Identity on the microbatch's loss that makes injected gradients follow its scale.
+
+        Wrap the loss before the trainer scales it: ``scaler.scale(balancer.follow(loss) / M).backward()``.
+        Whatever factor reaches the loss in backward (a `torch.amp.GradScaler`, the division by M) then
+        also reaches the injected gradients.
+
+        Args:
+            loss: scalar loss of the microbatch.
+
+        Returns:
+            The same value.
+
+        Raises:
+            ValueError: with gradient accumulation, if `GradReduction.microbatches` does not say whether
+                the trainer divides by the number of microbatches.
+        """
+        if self.ledger.num_microbatches > 1 and self.reduction.microbatches is None:
+            raise ValueError(
+                "follow() with gradient accumulation must know what the loss is: attach with "
+                "GradReduction(microbatches='mean') if it is the mean of its microbatch and the trainer divides "
+                "it by the number of microbatches, or 'sum' if it is already a share of the step's loss"
+            )
+        out = Follow.apply(loss, self.context, self.ledger)
+        assert isinstance(out, Tensor)
+        return out
+
+    # ---------------------------------------------------------------- end of a step
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """End the optimiser step: move expert biases, keep what metrics need, start the next counts."""
+        self._snapshots = []
+        for layer, row in zip(self.layers, self.ledger.rows, strict=True):
+            if row.counts_AE is None or row.num_tokens is None:
+                continue
+            counts_E = row.counts_AE[0]
+            bias = layer.router.expert_bias
+            moves = layer.bias is not None and layer.bias.enabled and not self.bias_frozen
+            if moves and self.bias_rule is not None and layer.bias is not None and bias is not None:
+                speed = self.bias_rule.speed(self.num_steps)
+                change_E = self.bias_rule.update(
+                    bias.float(), counts_E, speed, layer.bias.state, row.statistic, row.top_k
+                )
+                layer.router.add_to_expert_bias(change_E)
+            elif row.statistic is not None:
+                row.statistic.clear()
+            self._snapshots.append(self._snapshot(layer, row, counts_E, bias))
+        if self.layers and not self._snapshots:
+            warnings.warn(
+                "balancer.step() ends a step in which no training forward was counted; is the model in eval mode, "
+                "or is step() called twice?",
+                stacklevel=2,
+            )
+        self._declared = self.ledger.declared
+        self.ledger.close_step()
+        self.num_steps += 1
+        self._arm()
+
+    def _arm(self) -> None:
+        self.ledger.measuring = self.measure_every > 0 and (self.num_steps + 1) % self.measure_every == 0
+
+    def _snapshot(self, layer: Layer, row: Any, counts_E: Tensor, bias: Tensor | None) -> LayerSnapshot:
+        load_E = counts_E / counts_E.sum().clamp(min=1) * counts_E.numel()
+        running_E = layer.running_load_E
+        running_E = load_E if running_E is None else torch.lerp(load_E, running_E.to(load_E), RUNNING_DECAY)
+        layer.running_load_E = running_E
+        sums = row.measurement
+        return LayerSnapshot(
+            name=row.name,
+            counts_E=counts_E,
+            sizes=row.sizes,
+            running_load_E=running_E,
+            sizes_range=(row.sizes_min, row.sizes_max),
+            losses=self.ledger.final_losses(row),
+            logit_max=None if sums is None else sums.logit_max,
+            router_entropy=None if sums is None else sums.entropy_sum / sums.num_tokens.clamp(min=1),
+            count_error=self.ledger.count_error(row),
+            bias_E=None if bias is None else bias.detach().clone(),
+        )
+
+    def metrics(self) -> dict[str, Any]:
+        """Numbers of the step that `step` ended last; see `trimtab.metrics.summarize`. Reads the device.
+
+        Warns if declared totals of the step were not what was counted, or if microbatches differed in size
+        and nobody declared the totals that the objectives need.
+        """
+        self._check_totals()
+        coefs = {objective.name: objective.coef for objective in self.objectives}
+        return summarize(self._snapshots, coefs)
+
+    def _check_totals(self) -> None:
+        needed = {name for objective in self.objectives for name in objective.totals}
+        for place, name in enumerate(("num_tokens", "num_sequences", "num_documents")):
+            if name not in needed:
+                continue
+            declared = getattr(self._declared, name)
+            for snapshot in self._snapshots:
+                low, high = (int(sizes[place]) for sizes in snapshot.sizes_range)
+                counted = int(snapshot.sizes[place])
+                if declared is not None and declared != counted:
+                    warnings.warn(
+                        f"start_step({name}={declared}) was declared, but {snapshot.name} counted {counted}: the "
+                        "losses of this step were scaled by the ratio; declare what the step holds",
+                        stacklevel=3,
+                    )
+                    return
+                if declared is None and low != high and not self.accumulation.counts_are_complete:
+                    warnings.warn(
+                        f"microbatches of one step hold from {low} to {high} ({name}), and each was weighted as "
+                        f"1/M of the step; call balancer.start_step({name}=...) for exact weights",
+                        stacklevel=3,
+                    )
+                    return
+
+    # ---------------------------------------------------------------- bias and state
+
+    def freeze_bias(self, frozen: bool = True) -> None:
+        """Stop (or resume) all bias updates; counting and losses go on."""
+        self.bias_frozen = frozen
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a bitwise resumption needs beside the model: prior counts, momenta, running loads, step.
+
+        Expert biases are buffers of the model and in its own state dict. Take it between steps.
+
+        Raises:
+            RuntimeError: in the middle of a step.
+        """
+        if any(row.num_counted for row in self.ledger.rows):
+            raise RuntimeError("state_dict() belongs between steps; call balancer.step() first")
+        layers = {}
+        for layer, row in zip(self.layers, self.ledger.rows, strict=True):
+            layers[row.name] = {
+                "prior_counts_AE": row.prior_counts_AE,
+                "prior_num_tokens": row.prior_num_tokens,
+                "prior_num_microbatches": row.prior_num_microbatches,
+                "running_load_E": layer.running_load_E,
+                "momentum_E": None if layer.bias is None else layer.bias.state.momentum_E,
+                "bias_enabled": layer.bias is not None and layer.bias.enabled,
+            }
+        return {"num_steps": self.num_steps, "bias_frozen": self.bias_frozen, "layers": layers}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned.
+
+        Raises:
+            ValueError: the state belongs to a model with other MoE layers.
+        """
+        have, given = {row.name for row in self.ledger.rows}, set(state["layers"])
+        if have != given:
+            raise ValueError(
+                f"the balancer state has layers {sorted(given - have)[:3]} that the model lacks and lacks "
+                f"{sorted(have - given)[:3]}; load it into the model it was saved with"
+            )
+        for layer, row in zip(self.layers, self.ledger.rows, strict=True):
+            saved = state["layers"][row.name]
+            counts_AE = saved["prior_counts_AE"]
+            if counts_AE is not None and tuple(counts_AE.shape) != (len(row.maps), row.num_experts):
+                raise ValueError(
+                    f"{row.name}: saved counts have shape {tuple(counts_AE.shape)}, expected "
+                    f"{(len(row.maps), row.num_experts)}; the objectives or experts differ from the saved run"
+                )
+            row.prior_counts_AE, row.prior_num_tokens = counts_AE, saved["prior_num_tokens"]
+            row.prior_num_microbatches = saved["prior_num_microbatches"]
+            layer.running_load_E = saved["running_load_E"]
+            if layer.bias is not None:
+                layer.bias.state.momentum_E = saved["momentum_E"]
+                layer.bias.enabled = saved["bias_enabled"]
+        self.num_steps, self.bias_frozen = state["num_steps"], state["bias_frozen"]
+        self._arm()

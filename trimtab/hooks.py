@@ -1,0 +1,200 @@
+"""The hooks that balancing puts on a model: one on each router, two on the module around them.
+
+Shapes: T tokens, E experts, K top-k, B sequences, S length, D model width.
+
+Data flow of one training forward: the hook before the model describes the microbatch; the hook after
+each router counts its ids and wraps its weights in an `Injection`; the hook after the model marks the
+output, so that recomputation in backward sees the same microbatch again.
+
+Hooks are module-level functions and their state is an attribute of the module: torch.compile then makes
+one graph for all layers, and copies or pickles of the model carry their own state.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab import ops
+from trimtab.injection import Injection
+from trimtab.ledger import Ledger
+from trimtab.microbatch import Boundary, Context, describe, read_call
+from trimtab.scores import ScoreName
+
+ROUTER_STATE = "_trimtab_router"
+MODEL_STATE = "_trimtab_model"
+
+
+class RouterState:
+    """What the hook of one router knows.
+
+    Args:
+        ledger: where its counts go.
+        row: its row there.
+        context: the microbatch, shared by all routers of the model.
+        score: score function.
+        top_k: K.
+        unpack: (output, top_k) -> (logits_TE, weights, ids_TK).
+        repack: (output, weights) -> output.
+        gate_weight: name of the gate's weight on the router if logits are computed again in backward
+            from the gate's input; None to keep the logits.
+        gate_bias: name of the gate's bias, or None.
+        keeps_input: the router's input is kept for backward anyway even where the gate computes in
+            another dtype.
+        bias_holder: module that holds the selection bias, needed only if the bias rule reads scores.
+        bias_path: attribute path of the bias on its holder.
+    """
+
+    def __init__(
+        self,
+        *,
+        ledger: Ledger,
+        row: int,
+        context: Context,
+        score: ScoreName,
+        top_k: int,
+        unpack: Callable[[Any, int], tuple[Tensor, Tensor, Tensor]],
+        repack: Callable[[Any, Tensor], Any],
+        gate_weight: str | None,
+        gate_bias: str | None,
+        keeps_input: bool,
+        bias_holder: nn.Module | None = None,
+        bias_path: tuple[str, ...] = (),
+    ) -> None:
+        self.ledger = ledger
+        self.row = row
+        self.handle = ledger.handle(row)
+        self.context = context
+        self.score = score
+        self.top_k = top_k
+        self.unpack = unpack
+        self.repack = repack
+        self.gate_weight = gate_weight
+        self.gate_bias = gate_bias
+        self.keeps_input = keeps_input
+        self.bias_holder = bias_holder
+        self.bias_path = bias_path
+        self.num_maps = len(ledger.rows[row].maps)
+        self.injects = bool(ledger.objectives)
+        self.has_z = any(o.name == "z" for o in ledger.objectives)
+        self.needs_prob_sums = any(o.needs_prob_sums for o in ledger.objectives)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the handle, which names the ledger that a copy leaves behind."""
+        return {key: value for key, value in self.__dict__.items() if key != "handle"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore with a handle to the copied ledger."""
+        self.__dict__.update(state)
+        self.handle = self.ledger.handle(self.row)
+
+
+def after_router(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Count the router's ids, and inject the objectives' gradient into its logits."""
+    state: RouterState = getattr(module, ROUTER_STATE)
+    gate_input = args[0] if args else next(iter(kwargs.values()))
+    logits_TE, weights, ids_TK = state.unpack(output, state.top_k)
+    logits_TE, ids_TK = logits_TE.reshape(-1, logits_TE.shape[-1]), ids_TK.reshape(-1, ids_TK.shape[-1])
+    microbatch = state.context.current
+    if microbatch is None:
+        # The router is called by itself, outside the model: its input is all there is to know.
+        batch_shape = (
+            (gate_input.shape[0], gate_input.shape[1]) if gate_input.dim() == 3 else (1, ids_TK.shape[0])
+        )
+        microbatch = describe(
+            state.context.unit,
+            active=module.training and torch.is_grad_enabled(),
+            batch_shape=batch_shape,
+            device=ids_TK.device,
+        )
+    if not microbatch.active:
+        return None
+    if microbatch.num_rows != ids_TK.shape[0]:
+        raise ValueError(
+            f"{type(module).__name__} routed {ids_TK.shape[0]} tokens, but the model was called with "
+            f"{microbatch.num_rows}; if the model routes other tokens than it is given, call it inside "
+            "balancer.microbatch(batch_shape=(B, S), ...) that describes what its routers see"
+        )
+    expert_bias_E: Any = None
+    if state.bias_holder is not None:
+        expert_bias_E = state.bias_holder
+        for name in state.bias_path:
+            expert_bias_E = getattr(expert_bias_E, name)
+        expert_bias_E = expert_bias_E.detach().reshape(-1)
+    counts_AGE, zero = ops.observe(
+        state.handle,
+        logits_TE.detach(),
+        ids_TK,
+        expert_bias_E,
+        microbatch.group_ids_T,
+        microbatch.valid_mask_T,
+        microbatch.num_tokens_G,
+        microbatch.sequence_of_group_G,
+        microbatch.num_sequences,
+        state.num_maps,
+        microbatch.active,
+    )
+    if not (state.injects and logits_TE.requires_grad):
+        return state.repack(output, weights + zero.to(weights.dtype))
+    gate_input_TD = gate_weight = gate_bias = None
+    if state.gate_weight is not None and (state.keeps_input or gate_input.dtype == logits_TE.dtype):
+        gate_input_TD = gate_input.detach().reshape(-1, gate_input.shape[-1])
+        gate_weight = getattr(module, state.gate_weight).detach()
+        if state.gate_bias is not None:
+            gate_bias = getattr(module, state.gate_bias).detach()
+    weights = Injection.apply(
+        weights,
+        zero,
+        logits_TE,
+        gate_input_TD,
+        gate_weight,
+        gate_bias,
+        counts_AGE,
+        microbatch.num_tokens_G,
+        microbatch.sequence_of_group_G,
+        microbatch.group_ids_T,
+        microbatch.valid_mask_T,
+        state.handle,
+        microbatch.num_sequences,
+        state.score,
+        state.has_z,
+        state.needs_prob_sums,
+    )
+    return state.repack(output, weights)
+
+
+def before_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Describe the microbatch that the model is called with."""
+    context: Context = getattr(module, MODEL_STATE)
+    if context.explicit is not None:
+        explicit = context.explicit
+        explicit.active = context.counting or (torch.is_grad_enabled() and module.training)
+        context.current = explicit
+    else:
+        context.current = read_call(context, module, args, kwargs)
+
+
+def after_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Mark the output with its microbatch. Inside one compiled graph nothing needs the mark."""
+    context: Context = getattr(module, MODEL_STATE)
+    microbatch = context.current
+    if torch.compiler.is_compiling() or microbatch is None or not microbatch.active:
+        return None
+    return _mark(output, context)
+
+
+def _mark(output: Any, context: Context) -> Any:
+    if isinstance(output, Tensor):
+        return Boundary.apply(output, context, context.current) if output.requires_grad else output
+    if isinstance(output, tuple) and hasattr(output, "_fields"):
+        return type(output)(*(_mark(value, context) for value in output))
+    if isinstance(output, (tuple, list)):
+        return type(output)(_mark(value, context) for value in output)
+    if isinstance(output, dict):
+        # In place: subclasses such as transformers' ModelOutput keep attributes and items in step.
+        for key, value in list(output.items()):
+            if isinstance(value, Tensor):
+                output[key] = _mark(value, context)
+        return output
+    return output

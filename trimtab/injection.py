@@ -1,0 +1,174 @@
+"""Injection: an autograd node, identity in forward, that adds the losses' gradient in backward.
+
+Shapes: T tokens, K top-k, E experts, D model width, G finest groups, A count maps.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trimtab import ops
+from trimtab.counts import sum_groups
+from trimtab.scores import ScoreName, compute_dtype, log_score_derivative, log_scores
+
+
+def logit_gradient(
+    logits_TE: Tensor,
+    probs_TE: Tensor,
+    score: ScoreName,
+    target_GE: Tensor,
+    z_weight: Tensor | None,
+    group_ids_T: Tensor | None,
+    valid_mask_T: Tensor | None,
+) -> Tensor:
+    """Closed-form gradient of all objectives with respect to the logits.
+
+        dL/dz_te = p_te h(z_te) (target_ge - sum_j target_gj p_tj) + 2 z_weight lse_t softmax(z_t)_e
+
+    Args:
+        logits_TE: (T, E) logits z in the compute dtype. No gradient.
+        probs_TE: (T, E) probabilities p of the same logits.
+        score: score function, gives h.
+        target_GE: (G, E) dL/dp of each group.
+        z_weight: () dL/d(sum of lse^2), or None without z-loss.
+        group_ids_T: (T,) group of each token; None for G contiguous groups of T / G tokens.
+        valid_mask_T: (T,) bool, rows that are False get zero; None for all True.
+
+    Returns:
+        (T, E) in the compute dtype.
+    """
+    num_groups = target_GE.shape[0]
+    if num_groups == 1:
+        target_TE = target_GE
+    elif group_ids_T is None:
+        target_TE = target_GE.repeat_interleave(logits_TE.shape[0] // num_groups, dim=0)
+    else:
+        target_TE = target_GE.index_select(0, group_ids_T)
+    weighted_TE = probs_TE * target_TE
+    inner_T1 = weighted_TE.sum(dim=-1, keepdim=True)
+    lse_T1 = None if z_weight is None else 2 * z_weight * logits_TE.logsumexp(dim=-1, keepdim=True)
+    derivative_TE = log_score_derivative(logits_TE, score)
+    if derivative_TE is None:
+        # softmax: p is what z-loss needs as well
+        shift_T1 = inner_T1 if lse_T1 is None else inner_T1 - lse_T1
+        grad_TE = torch.addcmul(weighted_TE, probs_TE, shift_T1, value=-1)
+    else:
+        grad_TE = derivative_TE * torch.addcmul(weighted_TE, probs_TE, inner_T1, value=-1)
+        if lse_T1 is not None:
+            grad_TE = torch.addcmul(grad_TE, logits_TE.softmax(dim=-1), lse_T1)
+    if valid_mask_T is not None:
+        grad_TE = grad_TE.masked_fill(~valid_mask_T[:, None], 0)
+    return grad_TE
+
+
+class Injection(torch.autograd.Function):
+    """Return the routing weights unchanged; in backward add the objectives' gradient to the logits.
+
+    Args:
+        weights: top-k weights (T, K), or what else is applied to the experts. Its gradient passes.
+        zero: () zero that comes from counting the same forward; see `trimtab.ops`.
+        logits_TE: (T, E) logits, the output of the gate. Receives the injected gradient; kept for
+            backward only if ``gate_weight`` is None.
+        gate_input_TD: (T, D) input of the gate, which the gate keeps anyway, or None.
+        gate_weight: (E, D) weight of the gate, to compute the logits again in backward, or None.
+        gate_bias: (E,) bias of the gate, or None.
+        counts_AGE: (A, G, E) int64 counts of this microbatch.
+        num_tokens_G: (G,) valid tokens of each group.
+        sequence_of_group_G: (G,) sequence of each group, or None.
+        group_ids_T: (T,) group of each token, or None.
+        valid_mask_T: (T,) bool, or None.
+        handle: names the ledger row.
+        num_sequences: B.
+        score: score function.
+        has_z: some objective is a z-loss.
+        needs_prob_sums: some objective reads sums of p.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weights: Tensor,
+        zero: Tensor,
+        logits_TE: Tensor,
+        gate_input_TD: Tensor | None,
+        gate_weight: Tensor | None,
+        gate_bias: Tensor | None,
+        counts_AGE: Tensor,
+        num_tokens_G: Tensor,
+        sequence_of_group_G: Tensor | None,
+        group_ids_T: Tensor | None,
+        valid_mask_T: Tensor | None,
+        handle: Tensor,
+        num_sequences: int,
+        score: ScoreName,
+        has_z: bool,
+        needs_prob_sums: bool,
+    ) -> Tensor:
+        """Identity on ``weights``."""
+        held = logits_TE if gate_weight is None else gate_input_TD
+        ctx.save_for_backward(
+            held,
+            gate_weight,
+            gate_bias,
+            counts_AGE,
+            num_tokens_G,
+            sequence_of_group_G,
+            group_ids_T,
+            valid_mask_T,
+            handle,
+        )
+        ctx.num_sequences, ctx.score = num_sequences, score
+        ctx.has_z, ctx.needs_prob_sums = has_z, needs_prob_sums
+        ctx.logits_dtype = logits_TE.dtype
+        # A new tensor and not a view: some models go on to change the weights in place.
+        return weights + zero.to(weights.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_weights: Tensor) -> tuple[Tensor | None, ...]:
+        """Pass the gradient of the weights, and give the logits theirs."""
+        (
+            held,
+            gate_weight,
+            gate_bias,
+            counts_AGE,
+            num_tokens_G,
+            sequence_of_group_G,
+            group_ids_T,
+            valid_mask_T,
+            handle,
+        ) = ctx.saved_tensors
+        dtype = ctx.logits_dtype
+        logits_TE = held
+        if gate_weight is not None:
+            bias = None if gate_bias is None else gate_bias.to(dtype)
+            logits_TE = F.linear(held.to(dtype), gate_weight.to(dtype), bias)
+        logits_TE = logits_TE.to(compute_dtype(dtype))
+        probs_TE = log_scores(logits_TE, ctx.score).softmax(dim=-1)
+        prob_sums_GE = None
+        if ctx.needs_prob_sums:
+            counted_TE = probs_TE
+            if valid_mask_T is not None:
+                counted_TE = probs_TE.masked_fill(~valid_mask_T[:, None], 0)
+            prob_sums_GE = sum_groups(counted_TE, group_ids_T, num_tokens_G.shape[0])
+        target_GE, z_weight = ops.bind(
+            grad_weights,
+            handle,
+            counts_AGE,
+            num_tokens_G,
+            sequence_of_group_G,
+            ctx.num_sequences,
+            prob_sums_GE,
+            logits_TE.dtype == torch.float64,
+        )
+        grad_TE = logit_gradient(
+            logits_TE,
+            probs_TE,
+            ctx.score,
+            target_GE,
+            z_weight if ctx.has_z else None,
+            group_ids_T,
+            valid_mask_T,
+        )
+        return grad_weights, None, grad_TE.to(dtype), *([None] * 13)

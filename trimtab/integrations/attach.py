@@ -1,0 +1,129 @@
+"""attach(): balancing on any model whose routers can be found."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from torch import nn
+
+from trimtab.balancer import BALANCER, Balancer
+from trimtab.bias import BiasRule
+from trimtab.hooks import ROUTER_STATE
+from trimtab.integrations.discovery import (
+    FoundRouter,
+    context_module,
+    discover,
+    stock_aux_loss_active,
+    verify,
+)
+from trimtab.integrations.families import Family
+from trimtab.losses import Objective
+from trimtab.scale import Accumulation, GradReduction
+
+Keep = Literal["input", "logits"]
+
+
+def attach(
+    model: nn.Module,
+    objectives: Sequence[Objective.Config],
+    *,
+    bias: BiasRule.Config | None = None,
+    accumulation: Accumulation | int = 1,
+    reduction: GradReduction | None = None,
+    families: Mapping[str, Family | None] | None = None,
+    keep: Keep = "input",
+    measure_every: int = 10,
+) -> Balancer:
+    """Attach balancing to every router of a model; forward results do not change.
+
+    Gradients of the objectives are added inside backward, so there is no loss to add, in any trainer.
+    After each optimiser step call `Balancer.step`.
+
+    Args:
+        model: a Hugging Face MoE model, a model of `trimtab.MoE` layers, or one wrapped by PEFT or
+            torch.compile. Attach after wrapping with PEFT.
+        objectives: losses, for example ``[SequenceWise.Config(coef=1e-4), ZLoss.Config(coef=1e-3)]``.
+        bias: rule for expert biases, for routers that have one.
+        accumulation: microbatches per optimiser step, as a number or with their order.
+        reduction: how the trainer reduces gradients over ranks and microbatches; None for one process
+            that sums.
+        families: rows for router classes that the table of families lacks, by class name; None as a row
+            leaves that class alone.
+        keep: what backward needs of a router: "input" computes the logits again from the gate's input,
+            which is kept anyway, and holds no [T, E] tensor; "logits" keeps the logits, one [T, E] tensor
+            per layer, and saves one small matrix product. Gates that are not plain linear layers keep
+            their logits.
+        measure_every: steps between measurements of loss values, router entropy and logits; 0 for never.
+
+    Returns:
+        The balancer.
+
+    Raises:
+        ValueError: no router, a router that cannot be served, an objective or rule that does not fit it, a
+            score function that the router does not have, a stock auxiliary loss that is active as well, or
+            a model that has a balancer already.
+    """
+    if keep not in ("input", "logits"):
+        raise ValueError(f"keep={keep!r} must be 'input' or 'logits'")
+    routers = discover(model, extra=families)
+    taken = next((r.name for r in routers if hasattr(r.module, ROUTER_STATE)), None)
+    if taken is not None:
+        raise ValueError(f"{taken} has a balancer already; call its remove() before attaching another")
+    if objectives and (active := stock_aux_loss_active(model)) is not None:
+        raise ValueError(active)
+    verify(routers)
+    built = [config.build() for config in objectives]
+    if isinstance(accumulation, int):
+        accumulation = Accumulation(num_microbatches=accumulation)
+    rule = bias.build() if bias is not None else None
+    balancer = Balancer(built, rule, accumulation, reduction or GradReduction(), measure_every)
+    try:
+        for router in routers:
+            _check_logits(router, built)
+            balancer.add_router(router, _hook_arguments(router, keep), router.family.expert_bias)
+        if rule is not None and all(layer.bias is None for layer in balancer.layers):
+            raise ValueError(
+                f"no router matches layers={rule.config.layers}; the first is {routers[0].name!r}"
+            )
+        around = context_module(model, routers)
+        balancer.add_context(model, around, tuple(inspect.signature(around.forward).parameters))
+    except BaseException:
+        balancer.remove()
+        raise
+    return balancer
+
+
+def balancer_of(model: nn.Module) -> Balancer:
+    """The balancer attached to ``model``; a deep copy or unpickled model has its own.
+
+    Raises:
+        ValueError: none is attached.
+    """
+    for module in (model, *model.modules()):
+        balancer = module.__dict__.get(BALANCER)
+        if isinstance(balancer, Balancer):
+            return balancer
+    raise ValueError(
+        f"no balancer is attached to this {type(model).__name__}; call trimtab.attach(model, ...)"
+    )
+
+
+def _check_logits(router: FoundRouter, objectives: Sequence[Objective]) -> None:
+    if not router.family.exact_logits and any(objective.name == "z" for objective in objectives):
+        raise ValueError(
+            f"{router.name} ({type(router.module).__name__}) returns probabilities, from which the logits' "
+            "log-sum-exp is lost; leave ZLoss out for this model"
+        )
+
+
+def _hook_arguments(router: FoundRouter, keep: Keep) -> dict[str, object]:
+    family = router.family
+    direct = "." not in family.weight and (family.bias is None or "." not in family.bias)
+    recompute = keep == "input" and router.linear_logits and direct
+    return {
+        "unpack": family.unpack,
+        "repack": family.repack,
+        "gate_weight": family.weight if recompute else None,
+        "gate_bias": family.bias if recompute and router.bias is not None else None,
+        "keeps_input": router.keeps_input,
+    }

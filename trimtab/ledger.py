@@ -1,0 +1,444 @@
+"""The ledger: the step's counts, one row per MoE layer, that losses, bias update and metrics read.
+
+Shapes: T tokens, K top-k, E experts, G finest groups, A count maps, M microbatches.
+
+Forward only counts and backward reads, so a row is written by `Ledger.observe` once per real microbatch
+and read by `Ledger.bind` when the layer's backward runs. All state lives here and none on the modules:
+moving, sharding, compiling or materialising the model cannot touch it.
+"""
+
+import itertools
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.counts import (
+    CountMap,
+    CountsMode,
+    ExecutedCounts,
+    Reading,
+    StepTotals,
+    UnbiasedCounts,
+    load_fraction,
+    sum_groups,
+)
+from trimtab.losses import Objective
+from trimtab.scale import Accumulation, GradReduction
+from trimtab.scores import ScoreName, compute_dtype, log_scores
+
+# Operators receive numbers and tensors only; this is how they find their ledger.
+_ledgers: "weakref.WeakValueDictionary[int, Ledger]" = weakref.WeakValueDictionary()
+_next_id = itertools.count()
+
+
+def ledger_of(handle: Tensor) -> "tuple[Ledger, int]":
+    """The live ledger and the row that a handle names."""
+    ledger_id, row = handle.tolist()
+    return _ledgers[ledger_id], row
+
+
+def batch_sizes(num_tokens_G: Tensor, sequence_of_group_G: Tensor | None, num_sequences: int) -> Tensor:
+    """(3,) int64 valid tokens, and sequences and documents that have one."""
+    documents_G = num_tokens_G > 0
+    sequences_B = documents_G
+    if sequence_of_group_G is not None:
+        tokens_B = num_tokens_G.new_zeros(num_sequences)
+        sequences_B = tokens_B.index_add_(0, sequence_of_group_G, num_tokens_G) > 0
+    return torch.stack([num_tokens_G.sum().to(torch.int64), sequences_B.sum(), documents_G.sum()])
+
+
+@dataclass(slots=True)
+class Measurement:
+    """Sums for logging over the microbatches of one step, filled only when the ledger measures."""
+
+    prob_sums_E: Tensor
+    squared_lse_sum: Tensor
+    entropy_sum: Tensor
+    logit_max: Tensor
+    num_tokens: Tensor
+    losses: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Row:
+    """Counts of one MoE layer.
+
+    Args:
+        name: qualified module name of the router.
+        num_experts: E.
+        top_k: K.
+        score: score function.
+        selection_is_plain: the executed routing is the top-k of the raw scores.
+        maps: count maps that somebody reads; the first is always the executed assignments.
+    """
+
+    name: str
+    num_experts: int
+    top_k: int
+    score: ScoreName
+    selection_is_plain: bool
+    maps: tuple[CountMap, ...]
+    statistic: Any = None  # bias.Statistic of the quantile rule, if any
+    counts_AE: Tensor | None = None
+    sizes: Tensor | None = None  # (3,) int64: valid tokens, sequences and documents so far
+    num_counted: int = 0  # microbatches in the counts
+    num_forwards: int = 0  # microbatches whose training forward ran
+    sizes_min: Tensor | None = None  # of one microbatch
+    sizes_max: Tensor | None = None
+    prior_counts_AE: Tensor | None = None
+    prior_num_tokens: Tensor | None = None
+    prior_num_microbatches: int = 0
+    used_min_AE: Tensor | None = None
+    used_max_AE: Tensor | None = None
+    measurement: Measurement | None = None
+
+    def add(self, counts_AGE: Tensor, sizes: Tensor) -> None:
+        """Add one microbatch: its counts, and its valid tokens, sequences and documents."""
+        counts_AE = counts_AGE.sum(dim=1)
+        if self.counts_AE is None or self.sizes is None:
+            self.counts_AE, self.sizes = counts_AE, sizes
+            self.sizes_min = self.sizes_max = sizes
+        else:
+            assert self.sizes_min is not None
+            assert self.sizes_max is not None
+            self.counts_AE = self.counts_AE + counts_AE
+            self.sizes = self.sizes + sizes
+            self.sizes_min = torch.minimum(self.sizes_min, sizes)
+            self.sizes_max = torch.maximum(self.sizes_max, sizes)
+        self.num_counted += 1
+
+    @property
+    def num_tokens(self) -> Tensor | None:
+        """() valid tokens so far."""
+        return None if self.sizes is None else self.sizes[0]
+
+    def load(self, counts_AE: Tensor, num_tokens: Tensor) -> Tensor:
+        """(A, E) load fractions for comparison; device maps keep this same unit."""
+        return load_fraction(counts_AE, num_tokens, self.top_k)
+
+    def note_used(self, load_AE: Tensor) -> None:
+        """Remember the range of load fractions that backward used; repeating it changes nothing."""
+        if self.used_min_AE is None or self.used_max_AE is None:
+            self.used_min_AE = self.used_max_AE = load_AE
+        else:
+            self.used_min_AE = torch.minimum(self.used_min_AE, load_AE)
+            self.used_max_AE = torch.maximum(self.used_max_AE, load_AE)
+
+    def close(self) -> None:
+        """Turn this step's counts into the prior and start from zero."""
+        if self.counts_AE is not None:
+            self.prior_counts_AE, self.prior_num_tokens = self.counts_AE, self.num_tokens
+            self.prior_num_microbatches = self.num_counted
+        self.counts_AE = self.sizes = self.sizes_min = self.sizes_max = None
+        self.num_counted = self.num_forwards = 0
+        self.used_min_AE = self.used_max_AE = None
+        self.measurement = None
+
+
+@dataclass(frozen=True, slots=True)
+class DeclaredTotals:
+    """Totals of the step that the trainer knows beforehand, over all microbatches and ranks."""
+
+    num_tokens: int | None = None
+    num_sequences: int | None = None
+    num_documents: int | None = None
+
+
+class Ledger:
+    """Counts of one model's MoE layers over one optimiser step.
+
+    Args:
+        objectives: what the counts are for.
+        accumulation: how microbatches follow each other.
+        reduction: how the host trainer treats gradients.
+    """
+
+    def __init__(
+        self, objectives: Sequence[Objective], accumulation: Accumulation, reduction: GradReduction
+    ) -> None:
+        self.objectives = tuple(objectives)
+        self.accumulation = accumulation
+        self.reduction = reduction
+        self.rows: list[Row] = []
+        self.num_microbatches = accumulation.num_microbatches
+        self.declared = DeclaredTotals()
+        self.loss_scale: Tensor | None = None  # what the trainer multiplied the followed loss by
+        self.counting = False  # inside a counting pass
+        self.measuring = False
+        self._register()
+
+    def _register(self) -> None:
+        self.id = next(_next_id)
+        _ledgers[self.id] = self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the identity, which a copy must not share."""
+        return {key: value for key, value in self.__dict__.items() if key != "id"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore under a new identity."""
+        self.__dict__.update(state)
+        self._register()
+
+    def new_row(
+        self, name: str, num_experts: int, top_k: int, score: ScoreName, selection_is_plain: bool
+    ) -> int:
+        """Open a row for one layer and return its index."""
+        maps: list[CountMap] = [ExecutedCounts()]
+        maps += [m for o in self.objectives for m in o.maps]
+        unique = tuple(dict.fromkeys(maps))
+        self.rows.append(Row(name, num_experts, top_k, score, selection_is_plain, unique))
+        return len(self.rows) - 1
+
+    def handle(self, row: int) -> Tensor:
+        """A small CPU tensor that names this ledger's row to operators."""
+        return torch.tensor([self.id, row], dtype=torch.int64, device="cpu")
+
+    # ---------------------------------------------------------------- forward: count
+
+    def observe(
+        self,
+        row_index: int,
+        logits_TE: Tensor,
+        ids_TK: Tensor,
+        expert_bias_E: Tensor | None,
+        group_ids_T: Tensor | None,
+        valid_mask_T: Tensor | None,
+        num_tokens_G: Tensor,
+        sequence_of_group_G: Tensor | None,
+        num_sequences: int,
+        active: bool,
+    ) -> Tensor:
+        """Counts of one microbatch, (A, G, E) int64, added to the row unless this is a recomputation."""
+        row = self.rows[row_index]
+        counts_AGE = self._count(row, logits_TE, ids_TK, group_ids_T, valid_mask_T, len(num_tokens_G))
+        # Inside a backward pass this forward is a recomputation: its tokens are counted already.
+        recomputing = torch._C._current_graph_task_id() != -1
+        if not active or recomputing:
+            return counts_AGE
+        if not self.counting:
+            row.num_forwards += 1
+        counted_ahead = self.accumulation.order == "counting_pass" and not self.counting
+        if not counted_ahead:
+            row.add(counts_AGE, batch_sizes(num_tokens_G, sequence_of_group_G, num_sequences))
+            if row.statistic is not None:
+                assert expert_bias_E is not None
+                row.statistic.add(logits_TE, row.score, row.top_k, expert_bias_E, valid_mask_T)
+        if self.measuring and not self.counting:
+            dtype = compute_dtype(logits_TE.dtype)
+            reading = self._reading(
+                row, counts_AGE, num_tokens_G, sequence_of_group_G, num_sequences, None, dtype
+            )
+            self._measure(row, reading, logits_TE, group_ids_T, valid_mask_T)
+        return counts_AGE
+
+    def _count(
+        self,
+        row: Row,
+        logits_TE: Tensor,
+        ids_TK: Tensor,
+        group_ids_T: Tensor | None,
+        valid_mask_T: Tensor | None,
+        num_groups: int,
+    ) -> Tensor:
+        counted: list[Tensor] = []
+        for count_map in row.maps:
+            if isinstance(count_map, UnbiasedCounts) and row.selection_is_plain:
+                counted.append(counted[0])
+            else:
+                counted.append(count_map(ids_TK, logits_TE, group_ids_T, valid_mask_T, num_groups))
+        return counted[0][None] if len(counted) == 1 else torch.stack(counted)
+
+    def _measure(
+        self,
+        row: Row,
+        reading: Reading,
+        logits_TE: Tensor,
+        group_ids_T: Tensor | None,
+        valid_mask_T: Tensor | None,
+    ) -> None:
+        dtype = compute_dtype(logits_TE.dtype)
+        logits_TE = logits_TE.to(dtype)
+        log_probs_TE = log_scores(logits_TE, row.score).log_softmax(dim=-1)
+        probs_TE = log_probs_TE.exp()
+        entropy_T = -(probs_TE * log_probs_TE).sum(dim=-1)
+        squared_lse_T = logits_TE.logsumexp(dim=-1) ** 2
+        max_T = logits_TE.amax(dim=-1) if len(logits_TE) else logits_TE.new_full((1,), -torch.inf)
+        if valid_mask_T is not None:
+            probs_TE = probs_TE.masked_fill(~valid_mask_T[:, None], 0)
+            entropy_T = entropy_T.masked_fill(~valid_mask_T, 0)
+            squared_lse_T = squared_lse_T.masked_fill(~valid_mask_T, 0)
+            max_T = max_T.masked_fill(~valid_mask_T, -torch.inf) if len(valid_mask_T) else max_T
+        prob_sums_GE = sum_groups(probs_TE, group_ids_T, len(reading.num_tokens_G))
+        squared_lse_sum = squared_lse_T.sum()
+        sums = Measurement(
+            prob_sums_E=prob_sums_GE.sum(dim=0),
+            squared_lse_sum=squared_lse_sum,
+            entropy_sum=entropy_T.sum(),
+            logit_max=max_T.amax(),
+            num_tokens=reading.num_tokens_G.sum(),
+        )
+        for objective in self.objectives:
+            if objective.scope != "step":
+                sums.losses[objective.name] = objective.measure(reading, prob_sums_GE, squared_lse_sum)
+        before = row.measurement
+        if before is not None:
+            sums.prob_sums_E = before.prob_sums_E + sums.prob_sums_E
+            sums.squared_lse_sum = before.squared_lse_sum + sums.squared_lse_sum
+            sums.entropy_sum = before.entropy_sum + sums.entropy_sum
+            sums.logit_max = torch.maximum(before.logit_max, sums.logit_max)
+            sums.num_tokens = before.num_tokens + sums.num_tokens
+            for name, (numerator, denominator) in before.losses.items():
+                sums.losses[name] = (sums.losses[name][0] + numerator, sums.losses[name][1] + denominator)
+        row.measurement = sums
+
+    # ---------------------------------------------------------------- backward: read
+
+    def bind(
+        self,
+        row_index: int,
+        counts_AGE: Tensor,
+        num_tokens_G: Tensor,
+        sequence_of_group_G: Tensor | None,
+        num_sequences: int,
+        prob_sums_GE: Tensor | None,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        """Targets of all objectives (G, E) and the z-loss weight (), with the gradient scale in them."""
+        row = self.rows[row_index]
+        reading = self._reading(
+            row, counts_AGE, num_tokens_G, sequence_of_group_G, num_sequences, prob_sums_GE, dtype
+        )
+        target_GE = reading.num_tokens_G.new_zeros(len(num_tokens_G), row.num_experts)
+        z_weight = reading.num_tokens_G.new_zeros(())
+        for objective in self.objectives:
+            target = objective.targets(reading)
+            if target is not None:
+                target_GE = target_GE + target
+            weight = objective.z_weight(reading)
+            if weight is not None:
+                z_weight = z_weight + weight
+        scale: float | Tensor = self.reduction.factor
+        if self.loss_scale is not None:
+            share = self.num_microbatches if self.reduction.microbatches == "mean" else 1
+            scale = self.loss_scale.to(target_GE.device, dtype) * (scale * share)
+        return target_GE * scale, z_weight * scale
+
+    def _reading(
+        self,
+        row: Row,
+        counts_AGE: Tensor,
+        num_tokens_G: Tensor,
+        sequence_of_group_G: Tensor | None,
+        num_sequences: int,
+        prob_sums_GE: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Reading:
+        counts_AGE, num_tokens_G = counts_AGE.to(dtype), num_tokens_G.to(dtype)
+
+        def step_counts(mode: CountsMode) -> tuple[Tensor, Tensor]:
+            counts_AE, num_tokens = self._step_counts(row, mode)
+            counts_AE, num_tokens = counts_AE.to(dtype), num_tokens.to(dtype)
+            row.note_used(row.load(counts_AE, num_tokens))
+            return counts_AE, num_tokens
+
+        return Reading(
+            maps=row.maps,
+            counts_AGE=counts_AGE,
+            num_tokens_G=num_tokens_G,
+            sequence_of_group_G=sequence_of_group_G,
+            num_sequences=num_sequences,
+            top_k=row.top_k,
+            totals=self._totals(row, num_tokens_G, sequence_of_group_G, num_sequences),
+            step_counts=step_counts,
+            prob_sums_GE=prob_sums_GE,
+        )
+
+    def _totals(
+        self, row: Row, num_tokens_G: Tensor, sequence_of_group_G: Tensor | None, num_sequences: int
+    ) -> StepTotals:
+        """Totals as declared, else as counted where counting is complete, else M times this microbatch."""
+        if self.accumulation.counts_are_complete and row.sizes is not None:
+            sizes = row.sizes
+        else:
+            sizes = batch_sizes(num_tokens_G, sequence_of_group_G, num_sequences) * self.num_microbatches
+        counted = sizes.to(num_tokens_G.dtype).unbind()
+        declared = (self.declared.num_tokens, self.declared.num_sequences, self.declared.num_documents)
+        tokens, sequences, documents = (
+            known if total is None else known.new_full((), total)
+            for total, known in zip(declared, counted, strict=True)
+        )
+        return StepTotals(tokens, sequences, documents, self.num_microbatches)
+
+    def _step_counts(self, row: Row, mode: CountsMode) -> tuple[Tensor, Tensor]:
+        if row.counts_AE is None or row.num_tokens is None:
+            raise RuntimeError(
+                f"{row.name}: backward runs but no forward of this step was counted; call balancer.step() "
+                "after the optimiser step, not between forward and backward, and run the counting pass if "
+                "one was declared"
+            )
+        missing = self.num_microbatches - row.num_counted
+        prior_counts_AE, prior_num_tokens = row.prior_counts_AE, row.prior_num_tokens
+        if mode == "exact" and missing > 0:
+            raise RuntimeError(
+                f"{row.name}: counts='exact', but backward started after {row.num_counted} of "
+                f"{self.num_microbatches} microbatches were counted; run the step in the declared order "
+                f"{self.accumulation.order!r}, or use counts='prior'"
+            )
+        if prior_counts_AE is None or prior_num_tokens is None or missing <= 0 or mode == "running":
+            if mode == "previous" and prior_counts_AE is not None and prior_num_tokens is not None:
+                return prior_counts_AE, prior_num_tokens
+            return row.counts_AE, row.num_tokens
+        if mode == "previous":
+            return prior_counts_AE, prior_num_tokens
+        share = missing / row.prior_num_microbatches
+        return row.counts_AE + prior_counts_AE * share, row.num_tokens + prior_num_tokens * share
+
+    # ---------------------------------------------------------------- end of step
+
+    def final_losses(self, row: Row) -> dict[str, Tensor]:
+        """Unscaled loss of each objective over the measured step, () each."""
+        if row.measurement is None or row.counts_AE is None or row.num_tokens is None:
+            return {}
+        sums = row.measurement
+        losses = {name: numerator / denominator for name, (numerator, denominator) in sums.losses.items()}
+        dtype = sums.prob_sums_E.dtype
+        counts_AE, num_tokens = row.counts_AE.to(dtype), row.num_tokens.to(dtype)
+        for objective in self.objectives:
+            if objective.scope == "step":
+                reading = Reading(
+                    maps=row.maps,
+                    counts_AGE=counts_AE[:, None],
+                    num_tokens_G=num_tokens[None],
+                    sequence_of_group_G=None,
+                    num_sequences=1,
+                    top_k=row.top_k,
+                    totals=StepTotals(num_tokens, num_tokens, num_tokens, 1),
+                    step_counts=lambda mode: (counts_AE, num_tokens),
+                )
+                numerator, denominator = objective.measure(
+                    reading, sums.prob_sums_E[None], sums.squared_lse_sum
+                )
+                losses[objective.name] = numerator / denominator
+        return losses
+
+    def count_error(self, row: Row) -> Tensor | None:
+        """max |f_used - f_final| over experts and reads of this step; None if no step scope was read."""
+        if row.used_min_AE is None or row.used_max_AE is None or row.counts_AE is None:
+            return None
+        assert row.num_tokens is not None
+        dtype = row.used_min_AE.dtype
+        final_AE = row.load(row.counts_AE.to(dtype), row.num_tokens.to(dtype))
+        return torch.maximum(row.used_max_AE - final_AE, final_AE - row.used_min_AE).amax()
+
+    def close_step(self) -> None:
+        """Roll all rows over to the next step."""
+        for row in self.rows:
+            row.close()
+        self.declared = DeclaredTotals()
+        self.num_microbatches = self.accumulation.num_microbatches
+        self.loss_scale = None

@@ -1,0 +1,228 @@
+"""What the tokens of one forward are: which of them count, and which sequence or document each is in.
+
+Shapes: B sequences, S length, T = B S tokens, G groups (the finest any objective asks for).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.counts import Unit
+
+
+class Microbatch:
+    """One forward of the model, as the routers' hooks see it.
+
+    Args:
+        active: its tokens count (training), or they do not (evaluation, ``no_grad``).
+        num_tokens_G: (G,) int64 valid tokens of each group.
+        num_rows: T, tokens of the forward, valid or not.
+        num_sequences: B.
+        group_ids_T: (T,) int64 group of each token; None for contiguous groups of T / G tokens.
+        valid_mask_T: (T,) bool, True counts; None for all.
+        sequence_of_group_G: (G,) int64 sequence of each document; None if groups are not documents.
+    """
+
+    def __init__(
+        self,
+        active: bool,
+        num_tokens_G: Tensor,
+        num_rows: int,
+        num_sequences: int,
+        group_ids_T: Tensor | None = None,
+        valid_mask_T: Tensor | None = None,
+        sequence_of_group_G: Tensor | None = None,
+    ) -> None:
+        self.active = active
+        self.num_tokens_G = num_tokens_G
+        self.num_rows = num_rows
+        self.num_sequences = num_sequences
+        self.group_ids_T = group_ids_T
+        self.valid_mask_T = valid_mask_T
+        self.sequence_of_group_G = sequence_of_group_G
+
+
+class Context:
+    """What the hooks of one model share.
+
+    Args:
+        unit: groups that objectives tell apart within a microbatch; None if none does.
+    """
+
+    def __init__(self, unit: Unit | None) -> None:
+        self.unit = unit
+        self.current: Microbatch | None = None
+        self.explicit: Microbatch | None = None  # given by the user for the forwards in a with block
+        self.counting = False  # inside a counting pass, where gradients are off but tokens count
+        self.argument_names: tuple[str, ...] = ()
+
+
+def describe(
+    unit: Unit | None,
+    *,
+    active: bool,
+    batch_shape: tuple[int, int],
+    device: torch.device,
+    valid_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    position_ids: Tensor | None = None,
+) -> Microbatch:
+    """Describe a batch of B rows of S tokens.
+
+    Args:
+        unit: "document" splits rows at document starts, "sequence" groups by row, None puts all tokens
+            in one group.
+        active: whether its tokens count.
+        batch_shape: (B, S).
+        device: where the routers run.
+        valid_mask: (B, S) bool or integer, nonzero counts; None for all.
+        cu_seqlens: (documents + 1,) offsets of documents in the flattened tokens, from 0; tokens after
+            the last offset are one more document. Documents do not cross rows.
+        position_ids: (B, S) or (1, S) positions that restart at 0 with each document; read only without
+            ``cu_seqlens``.
+
+    Returns:
+        The microbatch. With documents, their number is read from the device once.
+
+    Raises:
+        ValueError: a mask, offsets or positions whose shape does not fit.
+    """
+    num_sequences, length = batch_shape
+    num_rows = num_sequences * length
+    valid_mask_T = None
+    if valid_mask is not None:
+        if tuple(valid_mask.shape) != (num_sequences, length):
+            raise ValueError(
+                f"the mask has shape {tuple(valid_mask.shape)}, expected (batch, length) = "
+                f"{(num_sequences, length)}: one value per token, nonzero where the token counts; pass such a "
+                "mask with balancer.microbatch(valid_mask=...) if the model itself needs another form"
+            )
+        valid_mask_T = (valid_mask != 0).reshape(-1).to(device)
+    if unit == "document" and (cu_seqlens is not None or position_ids is not None):
+        starts_T = _document_starts(batch_shape, device, cu_seqlens, position_ids)
+        group_ids_T = starts_T.cumsum(0) - 1
+        num_groups = int(starts_T.sum())
+        sequence_T = torch.arange(num_rows, device=device) // max(length, 1)
+        sequence_of_group_G = torch.zeros(num_groups, dtype=torch.int64, device=device)
+        sequence_of_group_G = sequence_of_group_G.scatter_(0, group_ids_T, sequence_T)
+        ones_T = torch.ones_like(group_ids_T) if valid_mask_T is None else valid_mask_T.to(torch.int64)
+        num_tokens_G = torch.zeros_like(sequence_of_group_G).index_add_(0, group_ids_T, ones_T)
+        return Microbatch(
+            active, num_tokens_G, num_rows, num_sequences, group_ids_T, valid_mask_T, sequence_of_group_G
+        )
+    num_groups = 1 if unit is None else num_sequences
+    if valid_mask_T is None:
+        num_tokens_G = torch.full((num_groups,), num_rows // max(num_groups, 1), device=device)
+    else:
+        num_tokens_G = valid_mask_T.view(num_groups, -1).sum(dim=1)
+    return Microbatch(active, num_tokens_G, num_rows, num_sequences, None, valid_mask_T)
+
+
+def _document_starts(
+    batch_shape: tuple[int, int],
+    device: torch.device,
+    cu_seqlens: Tensor | None,
+    position_ids: Tensor | None,
+) -> Tensor:
+    """(T,) bool, True at the first token of each document and of each row."""
+    num_sequences, length = batch_shape
+    starts_T = torch.zeros(num_sequences * length + 1, dtype=torch.bool, device=device)
+    if cu_seqlens is not None:
+        if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point():
+            raise ValueError(
+                f"cu_seqlens must be a 1-D integer tensor of document offsets, given "
+                f"{tuple(cu_seqlens.shape)} of {cu_seqlens.dtype}"
+            )
+        # The last offset may be T itself: the extra place takes it.
+        starts_T[cu_seqlens.to(device, torch.int64)] = True
+    else:
+        assert position_ids is not None
+        if position_ids.dim() != 2 or position_ids.shape[1] != length:
+            raise ValueError(
+                f"position_ids have shape {tuple(position_ids.shape)}, expected {(num_sequences, length)} to "
+                "find documents in; pass cu_seqlens, or balancer.microbatch(cu_seqlens=...)"
+            )
+        resets_BS = (position_ids == 0).to(device).expand(num_sequences, length)
+        starts_T[:-1] = resets_BS.reshape(-1)
+    starts_T = starts_T[:-1].view(num_sequences, length)
+    starts_T[:, :1] = True
+    return starts_T.reshape(-1)
+
+
+def read_call(context: Context, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Microbatch:
+    """Describe the batch that a model's forward was called with.
+
+    Reads ``input_ids`` or ``inputs_embeds`` (or the first tensor), a two-dimensional ``attention_mask``,
+    ``position_ids`` and ``cu_seq_lens_q`` / ``cu_seqlens``, by name or position.
+    """
+    given = {**dict(zip(context.argument_names, args, strict=False)), **kwargs}
+    tokens = given.get("input_ids")
+    if tokens is None:
+        tokens = given.get("inputs_embeds")
+    if tokens is None:
+        tokens = next((value for value in given.values() if isinstance(value, Tensor)), None)
+    if tokens is None:
+        raise ValueError(
+            f"{type(module).__name__} was called without a tensor to read the batch shape from; call it inside "
+            "balancer.microbatch(batch_shape=(B, S))"
+        )
+    if given.get("input_ids") is not None or tokens.dim() >= 3:
+        batch_shape = (tokens.shape[0], tokens.shape[1])
+    else:
+        batch_shape = (1, tokens.shape[0])
+    active = context.counting or (torch.is_grad_enabled() and module.training)
+    valid_mask = given.get("attention_mask") if active else None
+    if valid_mask is not None and not (isinstance(valid_mask, Tensor) and valid_mask.dim() == 2):
+        form = tuple(valid_mask.shape) if isinstance(valid_mask, Tensor) else type(valid_mask).__name__
+        raise ValueError(
+            f"attention_mask is {form}, from which padding cannot be read; call the model inside "
+            "balancer.microbatch(batch_shape=(B, S), valid_mask=...), with valid_mask (B, S) or None"
+        )
+    cu_seqlens = given.get("cu_seq_lens_q")
+    return describe(
+        context.unit,
+        active=active,
+        batch_shape=batch_shape,
+        device=tokens.device,
+        valid_mask=valid_mask,
+        cu_seqlens=cu_seqlens if cu_seqlens is not None else given.get("cu_seqlens"),
+        position_ids=given.get("position_ids"),
+    )
+
+
+class Boundary(torch.autograd.Function):
+    """Identity on a model's output; its backward makes that forward's microbatch current again.
+
+    Checkpointed layers run their forward once more in backward, when a later microbatch may have
+    replaced the masks and groups that their routers read.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, context: Context, microbatch: Microbatch | None) -> Tensor:
+        """Identity."""
+        ctx.context, ctx.microbatch = context, microbatch
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        """Identity, and the microbatch becomes current."""
+        ctx.context.current = ctx.microbatch
+        return grad, None, None
+
+
+class Follow(torch.autograd.Function):
+    """Identity on the loss; its backward records the gradient that the trainer starts from."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, context: Context, ledger: Any) -> Tensor:
+        """Identity."""
+        ctx.context, ctx.ledger, ctx.microbatch = context, ledger, context.current
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        """Identity, and the scale is kept."""
+        ctx.ledger.loss_scale = grad.detach()
+        ctx.context.current = ctx.microbatch
+        return grad, None, None

@@ -1,0 +1,100 @@
+"""The two operators between a traced model and the ledger.
+
+Shapes: T tokens, K top-k, E experts, G finest groups, A count maps.
+
+They are opaque to torch.compile and checkpointing, and carry the two rules that keep counts right there:
+
+- ``observe`` also returns a zero that is added to the routing weights, which keeps it in the forward
+  graph: a compiler would otherwise drop it, or run it in backward only, where its counts are not needed
+  before. Whether it runs in a recomputation it can only know inside, at run time. (Declaring a mutated
+  argument instead fails where the compiler saves that argument for a recomputation.)
+- ``bind`` takes the incoming gradient, or a compiler could move it into forward, before the counts of
+  later microbatches exist.
+"""
+
+import torch
+from torch import Tensor
+
+from trimtab.ledger import ledger_of
+
+
+@torch.library.custom_op("trimtab::observe", mutates_args=())
+def observe(
+    handle: Tensor,
+    logits_TE: Tensor,
+    ids_TK: Tensor,
+    expert_bias_E: Tensor | None,
+    group_ids_T: Tensor | None,
+    valid_mask_T: Tensor | None,
+    num_tokens_G: Tensor,
+    sequence_of_group_G: Tensor | None,
+    num_sequences: int,
+    num_maps: int,
+    active: bool,
+) -> tuple[Tensor, Tensor]:
+    """Count one microbatch of one layer; (A, G, E) int64 and a () float32 zero. See `Ledger.observe`."""
+    ledger, row = ledger_of(handle)
+    counts_AGE = ledger.observe(
+        row,
+        logits_TE,
+        ids_TK,
+        expert_bias_E,
+        group_ids_T,
+        valid_mask_T,
+        num_tokens_G,
+        sequence_of_group_G,
+        num_sequences,
+        active,
+    )
+    return counts_AGE, torch.zeros((), device=counts_AGE.device)
+
+
+@observe.register_fake
+def _(
+    handle: Tensor,
+    logits_TE: Tensor,
+    ids_TK: Tensor,
+    expert_bias_E: Tensor | None,
+    group_ids_T: Tensor | None,
+    valid_mask_T: Tensor | None,
+    num_tokens_G: Tensor,
+    sequence_of_group_G: Tensor | None,
+    num_sequences: int,
+    num_maps: int,
+    active: bool,
+) -> tuple[Tensor, Tensor]:
+    counts_AGE = ids_TK.new_empty(num_maps, num_tokens_G.shape[0], logits_TE.shape[1])
+    return counts_AGE, ids_TK.new_empty((), dtype=torch.float32)
+
+
+@torch.library.custom_op("trimtab::bind", mutates_args=())
+def bind(
+    grad: Tensor,
+    handle: Tensor,
+    counts_AGE: Tensor,
+    num_tokens_G: Tensor,
+    sequence_of_group_G: Tensor | None,
+    num_sequences: int,
+    prob_sums_GE: Tensor | None,
+    double: bool,
+) -> tuple[Tensor, Tensor]:
+    """Read the targets of one layer in backward; (G, E) and (). See `Ledger.bind`."""
+    ledger, row = ledger_of(handle)
+    dtype = torch.float64 if double else torch.float32
+    return ledger.bind(row, counts_AGE, num_tokens_G, sequence_of_group_G, num_sequences, prob_sums_GE, dtype)
+
+
+@bind.register_fake
+def _(
+    grad: Tensor,
+    handle: Tensor,
+    counts_AGE: Tensor,
+    num_tokens_G: Tensor,
+    sequence_of_group_G: Tensor | None,
+    num_sequences: int,
+    prob_sums_GE: Tensor | None,
+    double: bool,
+) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if double else torch.float32
+    target_GE = counts_AGE.new_empty(counts_AGE.shape[1], counts_AGE.shape[2], dtype=dtype)
+    return target_GE, counts_AGE.new_empty((), dtype=dtype)
