@@ -68,18 +68,22 @@ class Statistic:
         self.histogram_EN.view(-1).scatter_add_(0, index_TE.reshape(-1), ones_TE.reshape(-1))
         self.reach = reach
 
-    def quantile(self, level: float) -> Tensor | None:
-        """(E,) quantile of each expert's margins, linear within a bin; None if no token was counted."""
+    def quantile(self, top_k: int) -> Tensor | None:
+        """(E,) quantile 1 - K/E of each expert's margins, linear within a bin; None if nothing was counted."""
         if self.histogram_EN is None or self.reach is None:
             return None
+        num_experts = self.histogram_EN.shape[0]
         cumulative_EN = self.histogram_EN.cumsum(dim=1)
-        rank_E1 = level * cumulative_EN[:, -1:].to(torch.float64)
-        bin_E1 = (cumulative_EN < rank_E1).sum(dim=1, keepdim=True).clamp(max=self.num_bins - 1)
-        in_bin_E1 = self.histogram_EN.gather(1, bin_E1).to(torch.float64)
-        below_E1 = cumulative_EN.gather(1, bin_E1).to(torch.float64) - in_bin_E1
-        fraction_E1 = ((rank_E1 - below_E1) / in_bin_E1.clamp(min=1)).clamp(0, 1)
-        width = 2 * self.reach.to(torch.float64) / self.num_bins
-        return ((bin_E1 + fraction_E1) * width - self.reach.to(torch.float64)).squeeze(1)
+        # The rank n (E - K) / E is compared in integers: as a float, 2/3 of 39 lies above 26.
+        scaled_rank_E1 = cumulative_EN[:, -1:] * (num_experts - top_k)
+        bin_E1 = (cumulative_EN * num_experts < scaled_rank_E1).sum(dim=1, keepdim=True)
+        bin_E1 = bin_E1.clamp(max=self.num_bins - 1)
+        in_bin_E1 = self.histogram_EN.gather(1, bin_E1)
+        below_E1 = cumulative_EN.gather(1, bin_E1) - in_bin_E1
+        part_E1 = (scaled_rank_E1 - below_E1 * num_experts).to(torch.float64)
+        fraction_E1 = (part_E1 / (num_experts * in_bin_E1.clamp(min=1))).clamp(0, 1)
+        reach = self.reach.to(torch.float64)
+        return ((bin_E1 + fraction_E1) * (2 * reach / self.num_bins) - reach).squeeze(1)
 
     def clear(self) -> None:
         """Forget the step."""
@@ -392,7 +396,7 @@ class Quantile(BiasRule):
     ) -> Tensor:
         """(E,) change of the bias."""
         assert statistic is not None
-        quantile_E = statistic.quantile(1 - top_k / counts_E.numel())
+        quantile_E = statistic.quantile(top_k)
         statistic.clear()
         if quantile_E is None:
             return torch.zeros_like(bias_E)

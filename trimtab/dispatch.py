@@ -22,7 +22,7 @@ class DispatchedTokens(NamedTuple):
         plan: what `combine` of the same dispatcher needs to undo the dispatch; opaque to everybody else.
     """
 
-    x_ND: Tensor  # noqa: N815
+    x_ND: Tensor
     num_tokens_per_expert_e: Tensor
     plan: Any
 
@@ -68,8 +68,8 @@ class LocalPlan(NamedTuple):
         top_k: K.
     """
 
-    order_N: Tensor  # noqa: N815
-    weights_TK: Tensor | None  # noqa: N815
+    order_N: Tensor
+    weights_TK: Tensor | None
     top_k: int
 
 

@@ -81,8 +81,8 @@ class ClampedSwiGLU(GatedActivation):
         alpha: slope of the sigmoid, > 0.
         limit: clamp, > 0.
 
-    Source: gpt-oss model card, arXiv:2508.10925 ("an unconventional SwiGLU with clamping and a residual
-    connection"); the constants are those of the released model code.
+    Source: gpt-oss model card, arXiv:2508.10925, which mentions the clamping and the residual term (the 1);
+    the formula and its constants are those of the released model code.
     """
 
     interleaved: bool = True

@@ -117,7 +117,7 @@ def _native_applies(x_ND: Tensor, width_in: int, width_out: int) -> bool:
     # Both widths count: forward reads one of them contiguously and backward the other.
     if any(width * x_ND.element_size() % _ALIGNMENT_BYTES for width in (width_in, width_out)):
         return False
-    if x_ND.shape[0] == 0 or width_in == 0 or width_out == 0:
+    if x_ND.shape[0] == 0:
         return False
     if x_ND.is_cuda:
         # Other CUDA dtypes run a loop inside torch, which waits for the device just as ours does.
@@ -129,12 +129,16 @@ def _aligned(t: Tensor) -> Tensor:
     """Return t, copied only if the native kernel would refuse its strides or its address."""
     inner, outer = sorted(t.stride()[-2:])
     strides_fit = inner == 1 and all(
-        s > 0 and s * t.element_size() % _ALIGNMENT_BYTES == 0 for s in (outer, *t.stride()[:-2])
+        stride * t.element_size() % _ALIGNMENT_BYTES == 0 for stride in (outer, *t.stride()[:-2])
     )
-    # A stride of 1 on both axes is a single row or column: the kernel cannot tell its layout.
-    if strides_fit and outer > 1 and t.data_ptr() % _ALIGNMENT_BYTES == 0:
+    if strides_fit and t.data_ptr() % _ALIGNMENT_BYTES == 0:
         return t
     return t.clone(memory_format=torch.contiguous_format)
+
+
+def _aligned_rows(x_ND: Tensor) -> Tensor:
+    # Column-major rows would start each expert's block at an address of its own, aligned or not.
+    return _aligned(x_ND if x_ND.stride(1) == 1 else x_ND.contiguous())
 
 
 def _offsets(num_tokens_per_expert_E: Tensor, num_rows: int) -> Tensor:
@@ -147,9 +151,8 @@ def _offsets(num_tokens_per_expert_E: Tensor, num_rows: int) -> Tensor:
 def _grouped_mm(x_ND: Tensor, w_EDF: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
     if not _native_applies(x_ND, w_EDF.shape[1], w_EDF.shape[2]):
         return grouped_mm_loop(x_ND, w_EDF, num_tokens_per_expert_E)
-    x_ND = x_ND if x_ND.stride(1) == 1 else x_ND.contiguous()
     offsets = _offsets(num_tokens_per_expert_E, x_ND.shape[0])
-    return F.grouped_mm(_aligned(x_ND), _aligned(w_EDF), offs=offsets).contiguous()
+    return F.grouped_mm(_aligned_rows(x_ND), _aligned(w_EDF), offs=offsets).contiguous()
 
 
 @_grouped_mm.register_fake
@@ -165,7 +168,7 @@ def _weight_grad(x_ND: Tensor, grad_NF: Tensor, num_tokens_per_expert_E: Tensor)
         blocks = zip(x_ND.split(sizes), grad_NF.split(sizes), strict=True)
         return torch.stack([x.T @ grad for x, grad in blocks])
     offsets = _offsets(num_tokens_per_expert_E, x_ND.shape[0])
-    return F.grouped_mm(_aligned(x_ND).t(), _aligned(grad_NF), offs=offsets).contiguous()
+    return F.grouped_mm(_aligned_rows(x_ND).t(), _aligned_rows(grad_NF), offs=offsets).contiguous()
 
 
 @_weight_grad.register_fake

@@ -138,7 +138,13 @@ def after_router(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     if not (state.injects and logits_TE.requires_grad):
         return state.repack(output, weights + zero.to(weights.dtype))
     gate_input_TD = gate_weight = gate_bias = None
-    if state.gate_weight is not None and (state.keeps_input or gate_input.dtype == logits_TE.dtype):
+    # Under autocast the gate keeps a cast copy: holding its input would cost more than the logits.
+    input_is_held = state.keeps_input or gate_input.dtype == logits_TE.dtype
+    if (
+        state.gate_weight is not None
+        and input_is_held
+        and not torch.is_autocast_enabled(gate_input.device.type)
+    ):
         gate_input_TD = gate_input.detach().reshape(-1, gate_input.shape[-1])
         gate_weight = getattr(module, state.gate_weight).detach()
         if state.gate_bias is not None:

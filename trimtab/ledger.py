@@ -341,8 +341,7 @@ class Ledger:
         counts_AGE, num_tokens_G = counts_AGE.to(dtype), num_tokens_G.to(dtype)
 
         def step_counts(mode: CountsMode) -> tuple[Tensor, Tensor]:
-            counts_AE, num_tokens = self._step_counts(row, mode)
-            counts_AE, num_tokens = counts_AE.to(dtype), num_tokens.to(dtype)
+            counts_AE, num_tokens = self._step_counts(row, mode, dtype)
             row.note_used(row.load(counts_AE, num_tokens))
             return counts_AE, num_tokens
 
@@ -374,7 +373,7 @@ class Ledger:
         )
         return StepTotals(tokens, sequences, documents, self.num_microbatches)
 
-    def _step_counts(self, row: Row, mode: CountsMode) -> tuple[Tensor, Tensor]:
+    def _step_counts(self, row: Row, mode: CountsMode, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         if row.counts_AE is None or row.num_tokens is None:
             raise RuntimeError(
                 f"{row.name}: backward runs but no forward of this step was counted; call balancer.step() "
@@ -389,14 +388,16 @@ class Ledger:
                 f"{self.num_microbatches} microbatches were counted; run the step in the declared order "
                 f"{self.accumulation.order!r}, or use counts='prior'"
             )
-        if prior_counts_AE is None or prior_num_tokens is None or missing <= 0 or mode == "running":
-            if mode == "previous" and prior_counts_AE is not None and prior_num_tokens is not None:
-                return prior_counts_AE, prior_num_tokens
-            return row.counts_AE, row.num_tokens
+        counts_AE, num_tokens = row.counts_AE.to(dtype), row.num_tokens.to(dtype)
+        if prior_counts_AE is None or prior_num_tokens is None:
+            return counts_AE, num_tokens
+        prior_counts_AE, prior_num_tokens = prior_counts_AE.to(dtype), prior_num_tokens.to(dtype)
         if mode == "previous":
             return prior_counts_AE, prior_num_tokens
-        share = missing / row.prior_num_microbatches
-        return row.counts_AE + prior_counts_AE * share, row.num_tokens + prior_num_tokens * share
+        if mode == "prior" and missing > 0:
+            share = missing / row.prior_num_microbatches
+            return counts_AE + prior_counts_AE * share, num_tokens + prior_num_tokens * share
+        return counts_AE, num_tokens
 
     # ---------------------------------------------------------------- end of step
 

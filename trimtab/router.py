@@ -121,7 +121,7 @@ class Router(nn.Module):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
-    expert_bias_E: Tensor | None  # noqa: N815
+    expert_bias_E: Tensor | None
 
     def __init__(
         self, config: Config, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
