@@ -17,16 +17,9 @@ from trimtab.counts import (
     load_fraction,
     sum_groups,
 )
-from trimtab.losses import (
-    BatchWise,
-    CommunicationLevel,
-    DeviceLevel,
-    GlobalBatch,
-    ImportanceCV,
-    Objective,
-    SequenceWise,
-    ZLoss,
-)
+from trimtab.device_losses import CommunicationLevel, DeviceLevel
+from trimtab.losses import BatchWise, GlobalBatch, ImportanceCV, SequenceWise, ZLoss
+from trimtab.objective import Objective
 from trimtab.reference import load_balance_loss
 from trimtab.scale import Accumulation
 

@@ -2,18 +2,14 @@
 
 from trimtab.balancer import Balancer
 from trimtab.bias import CentredSign, Momentum, Proportional, Quantile, Sign
+from trimtab.device_losses import CommunicationLevel, DeviceLevel
+from trimtab.experts import ClampedSwiGLU, Experts, GeGLU, SharedExperts, SwiGLU
 from trimtab.integrations.attach import attach, balancer_of
 from trimtab.integrations.families import Family
-from trimtab.losses import (
-    BatchWise,
-    CommunicationLevel,
-    DeviceLevel,
-    GlobalBatch,
-    ImportanceCV,
-    Objective,
-    SequenceWise,
-    ZLoss,
-)
+from trimtab.losses import BatchWise, GlobalBatch, ImportanceCV, SequenceWise, ZLoss
+from trimtab.moe import MoE
+from trimtab.objective import Objective
+from trimtab.router import Router
 from trimtab.scale import Accumulation, GradReduction
 
 __version__ = "0.1.0"
@@ -23,18 +19,25 @@ __all__ = [
     "Balancer",
     "BatchWise",
     "CentredSign",
+    "ClampedSwiGLU",
     "CommunicationLevel",
     "DeviceLevel",
+    "Experts",
     "Family",
+    "GeGLU",
     "GlobalBatch",
     "GradReduction",
     "ImportanceCV",
+    "MoE",
     "Momentum",
     "Objective",
     "Proportional",
     "Quantile",
+    "Router",
     "SequenceWise",
+    "SharedExperts",
     "Sign",
+    "SwiGLU",
     "ZLoss",
     "attach",
     "balancer_of",

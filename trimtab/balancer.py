@@ -6,87 +6,21 @@ Shapes: E experts, L MoE layers, B sequences, S length.
 import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from fnmatch import fnmatch
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trimtab.bias import BiasRule, LayerBias
+from trimtab.bias import BiasRule
 from trimtab.hooks import MODEL_STATE, ROUTER_STATE, RouterState, after_model, after_router, before_model
+from trimtab.layer import Layer, RouterView, layer_bias
 from trimtab.ledger import DeclaredTotals, Ledger
-from trimtab.losses import Objective
 from trimtab.metrics import RUNNING_DECAY, LayerSnapshot, summarize
 from trimtab.microbatch import Context, Follow, describe
+from trimtab.objective import Objective
 from trimtab.scale import Accumulation, GradReduction
-from trimtab.scores import ScoreName
 
 BALANCER = "_trimtab_balancer"
-
-
-class RouterView(Protocol):
-    """What the balancer must know of a router; `trimtab.integrations.discovery.FoundRouter` is one."""
-
-    @property
-    def canonical_name(self) -> str:
-        """Path in the model."""
-        ...
-
-    @property
-    def module(self) -> nn.Module:
-        """The router, whose output the hook sees."""
-        ...
-
-    @property
-    def num_experts(self) -> int:
-        """E."""
-        ...
-
-    @property
-    def top_k(self) -> int:
-        """K."""
-        ...
-
-    @property
-    def score(self) -> ScoreName:
-        """Score function."""
-        ...
-
-    @property
-    def block(self) -> nn.Module:
-        """The module that calls the router."""
-        ...
-
-    @property
-    def expert_bias(self) -> Tensor | None:
-        """(E,) live selection bias."""
-        ...
-
-    def add_to_expert_bias(self, delta_E: Tensor) -> None:
-        """Move the selection bias in place."""
-        ...
-
-    @property
-    def grouped(self) -> bool:
-        """Whether selection is limited to expert groups."""
-        ...
-
-
-@dataclass(slots=True)
-class Layer:
-    """One balanced MoE layer.
-
-    Args:
-        router: the router.
-        bias: its bias balancing; None if no rule moves its bias.
-        running_load_E: (E,) decayed mean load, for MaxVio over many steps.
-    """
-
-    router: RouterView
-    bias: LayerBias | None = None
-    running_load_E: Tensor | None = None
-    hooks: list[Any] = field(default_factory=list)
 
 
 class Balancer:
@@ -161,7 +95,7 @@ class Balancer:
             raise ValueError(f"{name}: {error}") from None
         plain = router.expert_bias is None and not router.grouped
         row = self.ledger.new_row(name, router.num_experts, router.top_k, router.score, plain)
-        layer = Layer(router, self._layer_bias(router))
+        layer = Layer(router, layer_bias(self.bias_rule, router))
         extra: dict[str, Any] = {}
         if layer.bias is not None and self.bias_rule is not None:
             self.ledger.rows[row].statistic = self.bias_rule.statistic()
@@ -181,32 +115,6 @@ class Balancer:
         setattr(router.module, ROUTER_STATE, state)
         layer.hooks.append(router.module.register_forward_hook(after_router, with_kwargs=True))
         self.layers.append(layer)
-
-    def _layer_bias(self, router: RouterView) -> LayerBias | None:
-        rule = self.bias_rule
-        if rule is None:
-            return None
-        name = router.canonical_name
-        wanted = rule.config.layers
-        if wanted is not None and not any(fnmatch(name, pattern) for pattern in wanted):
-            return None
-        bias = router.expert_bias
-        if bias is None:
-            raise ValueError(
-                f"{type(rule).__name__} bias balancing needs an expert bias, but {name} "
-                f"({type(router.module).__name__}) has none; use a balance loss for this model, or name the "
-                "layers that have one with layers=(...)"
-            )
-        if bias.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"the expert bias of {name} is {bias.dtype}, in which updates of {rule.config.speed:g} are lost; "
-                "keep it in float32, as transformers does when a checkpoint is loaded"
-            )
-        try:
-            rule.check(router.num_experts, router.top_k, router.grouped)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-        return LayerBias()
 
     def add_context(self, model: nn.Module, module: nn.Module, argument_names: tuple[str, ...]) -> None:
         """Put the hooks on ``module``, whose forward tells the batch, and the balancer on ``model``."""

@@ -46,18 +46,18 @@ def logit_gradient(
         target_TE = target_GE.repeat_interleave(logits_TE.shape[0] // num_groups, dim=0)
     else:
         target_TE = target_GE.index_select(0, group_ids_T)
-    weighted_TE = probs_TE * target_TE
-    inner_T1 = weighted_TE.sum(dim=-1, keepdim=True)
-    lse_T1 = None if z_weight is None else 2 * z_weight * logits_TE.logsumexp(dim=-1, keepdim=True)
+    # p (target - sum_j target_j p_j) is what softmax does in its own backward.
+    grad_TE = torch.ops.aten._softmax_backward_data(
+        target_TE.expand_as(probs_TE), probs_TE, -1, probs_TE.dtype
+    )
     derivative_TE = log_score_derivative(logits_TE, score)
-    if derivative_TE is None:
-        # softmax: p is what z-loss needs as well
-        shift_T1 = inner_T1 if lse_T1 is None else inner_T1 - lse_T1
-        grad_TE = torch.addcmul(weighted_TE, probs_TE, shift_T1, value=-1)
-    else:
-        grad_TE = derivative_TE * torch.addcmul(weighted_TE, probs_TE, inner_T1, value=-1)
-        if lse_T1 is not None:
-            grad_TE = torch.addcmul(grad_TE, logits_TE.softmax(dim=-1), lse_T1)
+    if derivative_TE is not None:
+        grad_TE = derivative_TE * grad_TE
+    if z_weight is not None:
+        softmax_TE = probs_TE if score == "softmax" else logits_TE.softmax(dim=-1)
+        # lse = z - log softmax(z) at any expert; at the largest nothing is lost.
+        lse_T1 = logits_TE.amax(dim=-1, keepdim=True) - softmax_TE.amax(dim=-1, keepdim=True).log()
+        grad_TE = torch.addcmul(grad_TE, softmax_TE, 2 * z_weight * lse_T1)
     if valid_mask_T is not None:
         grad_TE = grad_TE.masked_fill(~valid_mask_T[:, None], 0)
     return grad_TE

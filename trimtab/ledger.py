@@ -26,7 +26,7 @@ from trimtab.counts import (
     load_fraction,
     sum_groups,
 )
-from trimtab.losses import Objective
+from trimtab.objective import Objective
 from trimtab.scale import Accumulation, GradReduction
 from trimtab.scores import ScoreName, compute_dtype, log_scores
 
@@ -220,6 +220,7 @@ class Ledger:
         recomputing = torch._C._current_graph_task_id() != -1
         if not active or recomputing:
             return counts_AGE
+        self._check_room(row)
         if not self.counting:
             row.num_forwards += 1
         counted_ahead = self.accumulation.order == "counting_pass" and not self.counting
@@ -235,6 +236,18 @@ class Ledger:
             )
             self._measure(row, reading, logits_TE, group_ids_T, valid_mask_T)
         return counts_AGE
+
+    def _check_room(self, row: Row) -> None:
+        """Raise if the step has had all its microbatches: its counts and weights would be wrong."""
+        if (row.num_counted if self.counting else row.num_forwards) < self.num_microbatches:
+            return
+        which = "counting" if self.counting else "training"
+        raise RuntimeError(
+            f"{row.name}: {which} forward {self.num_microbatches + 1} of a step of "
+            f"num_microbatches={self.num_microbatches}; call balancer.step() after each optimiser step. If the "
+            "step holds more forwards, attach with accumulation=M, or call "
+            "balancer.start_step(num_microbatches=M) before it"
+        )
 
     def _count(
         self,

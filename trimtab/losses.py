@@ -1,119 +1,21 @@
-"""Balance objectives: one formula, several scopes.
+"""Balance objectives: one formula, several scopes; and z-loss.
 
-Shapes: T tokens, E experts, K top-k, G finest groups, H groups of one loss, D devices.
+Shapes: T tokens, E experts, K top-k, G finest groups, H groups of one loss.
 
-With the load fraction f held constant, every balance loss is linear in the router probabilities,
-
-    L = sum_t sum_e target_te p_te,       dL/dp_te = target_te,
-
-so an objective is fully described by its ``targets``: coef times weight times f, per group and expert.
-Targets of all objectives are added before one pass over the tokens. Each class states its own scope,
-normaliser and source.
+Each class states its own scope, normaliser and source; `trimtab.objective` says what they share.
 """
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from trimtab.counts import (
-    CountMap,
-    CountsMode,
-    DeviceCounts,
-    ExecutedCounts,
-    Reading,
-    UnbiasedCounts,
-    Unit,
-    load_fraction,
-)
+from trimtab.counts import CountMap, CountsMode, Reading, Unit, load_fraction
+from trimtab.objective import Assignments, Objective, assignment_map
 from trimtab.scale import Accumulation
 
-Assignments = Literal["executed", "unbiased"]
 Weighting = Literal["sequence", "token"]
-
-
-class Objective(ABC):
-    """One term of the reference objective, for every MoE layer.
-
-    Subclasses hold a frozen ``Config`` whose ``build()`` returns them, and override what applies: a
-    balance loss overrides `targets`, z-loss overrides `z_weight`.
-    """
-
-    name: ClassVar[str]
-    scope: ClassVar[str]
-    needs_prob_sums: ClassVar[bool] = False
-
-    @dataclass(frozen=True, kw_only=True, slots=True)
-    class Config(ABC):
-        """What every objective has.
-
-        Args:
-            coef: coefficient in the step's objective, dimensionless, not negative.
-        """
-
-        coef: float
-
-        def __post_init__(self) -> None:
-            """Validate."""
-            if not 0 <= self.coef < float("inf"):
-                raise ValueError(f"coef={self.coef} must be a finite number, at least 0")
-
-        @abstractmethod
-        def build(self) -> "Objective":
-            """Return the objective."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        self.coef = config.coef
-
-    @property
-    def maps(self) -> tuple[CountMap, ...]:
-        """The count maps this objective reads."""
-        return ()
-
-    @property
-    def unit(self) -> Unit | None:
-        """The groups this objective needs to tell apart within a microbatch."""
-        return None
-
-    @property
-    def totals(self) -> tuple[str, ...]:
-        """The totals of the step that normalise it, as named in `StepTotals`."""
-        return ()
-
-    def check(self, num_experts: int, top_k: int, accumulation: Accumulation) -> None:
-        """Raise a ValueError if this objective cannot be had on such a router and step."""
-
-    def targets(self, reading: Reading) -> Tensor | None:
-        """(G or 1, E) gradient of ``coef`` times the loss with respect to p; None if there is none."""
-        return None
-
-    def z_weight(self, reading: Reading) -> Tensor | None:
-        """() gradient of ``coef`` times the loss with respect to sum_t lse_t^2; None if there is none."""
-        return None
-
-    def measure(
-        self, reading: Reading, prob_sums_GE: Tensor, squared_lse_sum: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Numerator and denominator of the unscaled loss, each a sum over the microbatches of a step.
-
-        Args:
-            reading: the microbatch; for step scope the whole step, once, with its final counts.
-            prob_sums_GE: (G, E) sums of p over valid tokens of each group.
-            squared_lse_sum: () sum of lse^2 over valid tokens.
-        """
-        raise NotImplementedError
-
-
-def _assignment_map(assignments: Assignments) -> CountMap:
-    if assignments not in ("executed", "unbiased"):
-        raise ValueError(
-            f"assignments={assignments!r} must be 'executed' (what the router dispatched) or "
-            "'unbiased' (top-k of the raw scores)"
-        )
-    return ExecutedCounts() if assignments == "executed" else UnbiasedCounts()
 
 
 class SequenceWise(Objective):
@@ -153,7 +55,7 @@ class SequenceWise(Objective):
         def __post_init__(self) -> None:
             """Validate."""
             Objective.Config.__post_init__(self)
-            _assignment_map(self.assignments)
+            assignment_map(self.assignments)
             if self.unit not in ("sequence", "document"):
                 raise ValueError(f"unit={self.unit!r} must be 'sequence' or 'document'")
             if self.weighting not in ("sequence", "token"):
@@ -168,7 +70,7 @@ class SequenceWise(Objective):
     @property
     def maps(self) -> tuple[CountMap, ...]:
         """The map that f counts."""
-        return (_assignment_map(self.config.assignments),)
+        return (assignment_map(self.config.assignments),)
 
     @property
     def unit(self) -> Unit:
@@ -209,116 +111,6 @@ class SequenceWise(Objective):
         return (loss_H * weight_H).sum(), weight_H.sum()
 
 
-class DeviceLevel(SequenceWise):
-    """Device-level balance loss of DeepSeek-V2: sum_d f'_d P'_d of each sequence, averaged over the step.
-
-        f'_d = mean of f_e over the experts of device d,   P'_d = sum of P_e over them,   1.0 at balance
-
-    It is the sequence-wise loss with f replaced by its mean over each device's experts.
-
-    Source: DeepSeek-V2, arXiv:2405.04434, eq. 26-28.
-    """
-
-    name: ClassVar[str] = "device_level"
-
-    @dataclass(frozen=True, kw_only=True, slots=True)
-    class Config(SequenceWise.Config):
-        """Settings of the device-level loss, beside those of `SequenceWise`.
-
-        Args:
-            num_devices: D; experts lie on devices in contiguous equal blocks.
-
-        Raises:
-            ValueError: fewer than one device.
-        """
-
-        num_devices: int
-
-        def __post_init__(self) -> None:
-            """Validate."""
-            SequenceWise.Config.__post_init__(self)
-            if self.num_devices < 1:
-                raise ValueError(f"num_devices={self.num_devices} must be at least 1")
-
-        def build(self) -> "DeviceLevel":
-            """Return the objective."""
-            return DeviceLevel(self)
-
-    config: Config
-
-    def check(self, num_experts: int, top_k: int, accumulation: Accumulation) -> None:
-        """Devices must divide the experts."""
-        if num_experts % self.config.num_devices:
-            raise ValueError(
-                f"num_devices={self.config.num_devices} must divide num_experts={num_experts}; "
-                f"choose a divisor of {num_experts}"
-            )
-
-    def load(self, reading: Reading) -> Tensor:
-        """(H, E) mean load fraction of each expert's device."""
-        load_HE = SequenceWise.load(self, reading)
-        load_HDe = load_HE.unflatten(1, (self.config.num_devices, -1))
-        return load_HDe.mean(dim=2, keepdim=True).expand_as(load_HDe).flatten(1)
-
-
-class CommunicationLevel(DeviceLevel):
-    """Communication balance loss of DeepSeek-V2: sum_d f''_d P''_d of each sequence, averaged over the step.
-
-        f''_d = D / (m n) * (tokens sent to device d),   P''_d = sum of P_e over its experts
-
-    m is the number of devices a token may reach, so 1.0 when every token reaches m devices evenly.
-
-    Source: DeepSeek-V2, arXiv:2405.04434, eq. 29-31.
-    """
-
-    name: ClassVar[str] = "communication_level"
-
-    @dataclass(frozen=True, kw_only=True, slots=True)
-    class Config(DeviceLevel.Config):
-        """Settings of the communication-level loss, beside those of `DeviceLevel`.
-
-        Args:
-            max_devices_per_token: m, the device limit of the router.
-
-        Raises:
-            ValueError: m outside 1..num_devices, or unbiased assignments, which are never sent.
-        """
-
-        max_devices_per_token: int
-
-        def __post_init__(self) -> None:
-            """Validate."""
-            DeviceLevel.Config.__post_init__(self)
-            if not 1 <= self.max_devices_per_token <= self.num_devices:
-                raise ValueError(
-                    f"max_devices_per_token={self.max_devices_per_token} must be in "
-                    f"[1, num_devices={self.num_devices}]"
-                )
-            if self.assignments != "executed":
-                raise ValueError(
-                    f"assignments={self.assignments!r}: communication is what the router executed; "
-                    "leave it 'executed'"
-                )
-
-        def build(self) -> "CommunicationLevel":
-            """Return the objective."""
-            return CommunicationLevel(self)
-
-    config: Config
-
-    @property
-    def maps(self) -> tuple[CountMap, ...]:
-        """Tokens per device."""
-        return (DeviceCounts(self.config.num_devices),)
-
-    def load(self, reading: Reading) -> Tensor:
-        """(H, E) f'' of each expert's device."""
-        counts_HE, num_tokens_H = reading.grouped(self.maps[0], self.config.unit)
-        # A device's count stands at each of its experts, so slots are counted per expert too.
-        slots = self.config.max_devices_per_token * reading.num_experts / self.config.num_devices
-        return load_fraction(counts_HE, num_tokens_H, slots)
-
-
 class BatchWise(Objective):
     """Batch-wise balance loss: sum_e f_e P_e over the tokens of one forward, averaged over microbatches.
 
@@ -351,7 +143,7 @@ class BatchWise(Objective):
         def __post_init__(self) -> None:
             """Validate."""
             Objective.Config.__post_init__(self)
-            _assignment_map(self.assignments)
+            assignment_map(self.assignments)
 
         def build(self) -> "BatchWise":
             """Return the objective."""
@@ -372,7 +164,7 @@ class BatchWise(Objective):
     @property
     def maps(self) -> tuple[CountMap, ...]:
         """The map that f counts."""
-        return (_assignment_map(self.config.assignments),)
+        return (assignment_map(self.config.assignments),)
 
     def targets(self, reading: Reading) -> Tensor:
         """(1, E): coef * f / (M n)."""
@@ -424,7 +216,7 @@ class GlobalBatch(Objective):
         def __post_init__(self) -> None:
             """Validate."""
             Objective.Config.__post_init__(self)
-            _assignment_map(self.assignments)
+            assignment_map(self.assignments)
             if self.counts not in ("exact", "prior", "running", "previous"):
                 raise ValueError(f"counts={self.counts!r} must be 'exact', 'prior', 'running' or 'previous'")
 
@@ -447,7 +239,7 @@ class GlobalBatch(Objective):
     @property
     def maps(self) -> tuple[CountMap, ...]:
         """The map that f counts."""
-        return (_assignment_map(self.config.assignments),)
+        return (assignment_map(self.config.assignments),)
 
     @property
     def totals(self) -> tuple[str, ...]:

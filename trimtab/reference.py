@@ -13,16 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trimtab.losses import (
-    BatchWise,
-    CommunicationLevel,
-    DeviceLevel,
-    GlobalBatch,
-    ImportanceCV,
-    Objective,
-    SequenceWise,
-    ZLoss,
-)
+from trimtab.device_losses import CommunicationLevel, DeviceLevel
+from trimtab.losses import BatchWise, GlobalBatch, ImportanceCV, SequenceWise, ZLoss
+from trimtab.objective import Objective
 from trimtab.scores import ScoreName
 
 

@@ -17,7 +17,7 @@ from trimtab.integrations.discovery import (
     verify,
 )
 from trimtab.integrations.families import Family
-from trimtab.losses import Objective
+from trimtab.objective import Objective
 from trimtab.scale import Accumulation, GradReduction
 
 Keep = Literal["input", "logits"]

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
 
 from trimtab.integrations.families import FAMILIES, UNSERVABLE, Family, trimtab_family
 from trimtab.integrations.probe import RouterMismatchError, infer_family, resolve, verify_router
@@ -75,7 +74,7 @@ class FoundRouter:
         bias = resolve(self.module if holder == "router" else self.block, path)
         if not isinstance(bias, Tensor):
             return None
-        return bias if bias.dim() == 1 or isinstance(bias, DTensor) else bias.view(-1)
+        return bias if bias.dim() == 1 or _is_dtensor(bias) else bias.view(-1)
 
     @torch.no_grad()
     def add_to_expert_bias(self, delta_E: Tensor) -> None:
@@ -96,7 +95,10 @@ class FoundRouter:
         if delta_E.shape != (self.num_experts,):
             raise ValueError(f"delta_E has shape {tuple(delta_E.shape)}, expected ({self.num_experts},)")
         delta = delta_E.to(bias.device, bias.dtype).view(bias.shape)
-        if isinstance(bias, DTensor):
+        if _is_dtensor(bias):
+            from torch.distributed.tensor import DTensor, Replicate
+
+            assert isinstance(bias, DTensor)
             # Every rank has the values, so sharding them is a slice and needs no communication.
             whole = [Replicate()] * bias.device_mesh.ndim
             replicated = DTensor.from_local(delta, bias.device_mesh, whole, run_check=False)
@@ -353,6 +355,12 @@ def _block(model: nn.Module, name: str) -> nn.Module:
 def _table_key(module: nn.Module, table: Mapping[str, Family | None]) -> str | None:
     # Subclasses count: fully_shard and parametrisations put a class of their own on top.
     return next((cls.__name__ for cls in type(module).__mro__ if cls.__name__ in table), None)
+
+
+def _is_dtensor(tensor: Tensor) -> bool:
+    # torch.distributed.tensor takes most of a second to import; whoever made a DTensor has paid for it.
+    dtensor = sys.modules.get("torch.distributed.tensor")
+    return dtensor is not None and isinstance(tensor, dtensor.DTensor)
 
 
 def _is_trimtab_router(module: nn.Module) -> bool:

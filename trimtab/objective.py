@@ -1,0 +1,110 @@
+"""What every objective is: a Config, and targets that are linear in the router probabilities.
+
+Shapes: T tokens, E experts, G finest groups.
+
+With the load fraction f held constant, every balance loss is linear in the router probabilities,
+
+    L = sum_t sum_e target_te p_te,       dL/dp_te = target_te,
+
+so an objective is fully described by its ``targets``: coef times weight times f, per group and expert.
+Targets of all objectives are added before one pass over the tokens. A new objective is one subclass:
+nothing else in the package changes.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from trimtab.counts import CountMap, ExecutedCounts, Reading, UnbiasedCounts, Unit
+from trimtab.scale import Accumulation
+
+Assignments = Literal["executed", "unbiased"]
+
+
+class Objective(ABC):
+    """One term of the reference objective, for every MoE layer.
+
+    Subclasses hold a frozen ``Config`` whose ``build()`` returns them, and override what applies: a
+    balance loss overrides `targets`, z-loss overrides `z_weight`.
+    """
+
+    name: ClassVar[str]
+    scope: ClassVar[str]
+    needs_prob_sums: ClassVar[bool] = False
+
+    @dataclass(frozen=True, kw_only=True, slots=True)
+    class Config(ABC):
+        """What every objective has.
+
+        Args:
+            coef: coefficient in the step's objective, dimensionless, not negative.
+        """
+
+        coef: float
+
+        def __post_init__(self) -> None:
+            """Validate."""
+            if not 0 <= self.coef < float("inf"):
+                raise ValueError(f"coef={self.coef} must be a finite number, at least 0")
+
+        @abstractmethod
+        def build(self) -> "Objective":
+            """Return the objective."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.coef = config.coef
+
+    @property
+    def maps(self) -> tuple[CountMap, ...]:
+        """The count maps this objective reads."""
+        return ()
+
+    @property
+    def unit(self) -> Unit | None:
+        """The groups this objective needs to tell apart within a microbatch."""
+        return None
+
+    @property
+    def totals(self) -> tuple[str, ...]:
+        """The totals of the step that normalise it, as named in `StepTotals`."""
+        return ()
+
+    def check(self, num_experts: int, top_k: int, accumulation: Accumulation) -> None:
+        """Raise a ValueError if this objective cannot be had on such a router and step."""
+
+    def targets(self, reading: Reading) -> Tensor | None:
+        """(G or 1, E) gradient of ``coef`` times the loss with respect to p; None if there is none."""
+        return None
+
+    def z_weight(self, reading: Reading) -> Tensor | None:
+        """() gradient of ``coef`` times the loss with respect to sum_t lse_t^2; None if there is none."""
+        return None
+
+    def measure(
+        self, reading: Reading, prob_sums_GE: Tensor, squared_lse_sum: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Numerator and denominator of the unscaled loss, each a sum over the microbatches of a step.
+
+        Args:
+            reading: the microbatch; for step scope the whole step, once, with its final counts.
+            prob_sums_GE: (G, E) sums of p over valid tokens of each group.
+            squared_lse_sum: () sum of lse^2 over valid tokens.
+        """
+        raise NotImplementedError
+
+
+def assignment_map(assignments: Assignments) -> CountMap:
+    """The count map of what f counts.
+
+    Raises:
+        ValueError: an unknown word.
+    """
+    if assignments not in ("executed", "unbiased"):
+        raise ValueError(
+            f"assignments={assignments!r} must be 'executed' (what the router dispatched) or "
+            "'unbiased' (top-k of the raw scores)"
+        )
+    return ExecutedCounts() if assignments == "executed" else UnbiasedCounts()
