@@ -1,5 +1,6 @@
 """trimtab: exact, visible expert balancing for Mixture-of-Experts models."""
 
+from trimtab.audit import Audit, audit
 from trimtab.balancer import Balancer
 from trimtab.bias import CentredSign, Momentum, Proportional, Quantile, Sign
 from trimtab.device_losses import CommunicationLevel, DeviceLevel
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Accumulation",
+    "Audit",
     "Balancer",
     "BatchWise",
     "CentredSign",
@@ -40,5 +42,6 @@ __all__ = [
     "SwiGLU",
     "ZLoss",
     "attach",
+    "audit",
     "balancer_of",
 ]

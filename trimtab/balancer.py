@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from trimtab.bias import BiasRule
 from trimtab.hooks import MODEL_STATE, ROUTER_STATE, RouterState, after_model, after_router, before_model
-from trimtab.layer import Layer, RouterView, layer_bias
+from trimtab.layer import Layer, RouterView, check_bias_dtype, layer_bias
 from trimtab.ledger import DeclaredTotals, Ledger
 from trimtab.metrics import RUNNING_DECAY, LayerSnapshot, summarize
 from trimtab.microbatch import Context, Follow, describe
@@ -69,7 +69,7 @@ class Balancer:
         self.bias_frozen = False
         self._snapshots: list[LayerSnapshot] = []
         self._declared = DeclaredTotals()  # of the step that the snapshots are of
-        self._model: nn.Module | None = None
+        self.model: nn.Module | None = None
         self._context_module: nn.Module | None = None
         self._context_hooks: list[Any] = []
         self._arm()
@@ -118,13 +118,13 @@ class Balancer:
 
     def add_context(self, model: nn.Module, module: nn.Module, argument_names: tuple[str, ...]) -> None:
         """Put the hooks on ``module``, whose forward tells the batch, and the balancer on ``model``."""
-        self.context.argument_names = argument_names
+        self.context.argument_names, self.context.module = argument_names, module
         setattr(module, MODEL_STATE, self.context)
         self._context_hooks = [
             module.register_forward_pre_hook(before_model, with_kwargs=True),
             module.register_forward_hook(after_model, with_kwargs=True),
         ]
-        self._model, self._context_module = model, module
+        self.model, self._context_module = model, module
         setattr(model, BALANCER, self)
 
     def remove(self) -> None:
@@ -137,10 +137,10 @@ class Balancer:
             hook.remove()
         if self._context_module is not None:
             delattr(self._context_module, MODEL_STATE)
-        if self._model is not None:
-            delattr(self._model, BALANCER)
+        if self.model is not None:
+            delattr(self.model, BALANCER)
         self.layers, self._context_hooks = [], []
-        self._context_module = self._model = None
+        self.context.module = self._context_module = self.model = None
 
     # ---------------------------------------------------------------- during a step
 
@@ -165,21 +165,18 @@ class Balancer:
 
         Raises:
             RuntimeError: forwards of this step have already run.
-            ValueError: a number that is not positive.
+            ValueError: no microbatch, or a negative total.
         """
         if any(row.num_counted or row.num_forwards for row in self.ledger.rows):
             raise RuntimeError(
                 "start_step comes before the step's first forward; call balancer.step() to end one"
             )
-        given = {
-            "num_microbatches": num_microbatches,
-            "num_tokens": num_tokens,
-            "num_sequences": num_sequences,
-            "num_documents": num_documents,
-        }
-        for name, value in given.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+        if num_microbatches is not None and num_microbatches < 1:
+            raise ValueError(f"num_microbatches={num_microbatches} must be at least 1")
+        totals = {"num_tokens": num_tokens, "num_sequences": num_sequences, "num_documents": num_documents}
+        for name, value in totals.items():
+            if value is not None and value < 0:
+                raise ValueError(f"{name}={value} must not be negative")
         if num_microbatches is not None:
             for layer in self.layers:
                 for objective in self.objectives:
@@ -283,6 +280,8 @@ class Balancer:
     @torch.no_grad()
     def step(self) -> None:
         """End the optimiser step: move expert biases, keep what metrics need, start the next counts."""
+        if self.model is None:
+            raise RuntimeError("step() of a balancer that was removed; attach again to go on balancing")
         self._snapshots = []
         for layer, row in zip(self.layers, self.ledger.rows, strict=True):
             if row.counts_AE is None or row.num_tokens is None:
@@ -291,6 +290,8 @@ class Balancer:
             bias = layer.router.expert_bias
             moves = layer.bias is not None and layer.bias.enabled and not self.bias_frozen
             if moves and self.bias_rule is not None and layer.bias is not None and bias is not None:
+                # Casting the model after attach() casts its buffers as well.
+                check_bias_dtype(row.name, bias, self.bias_rule)
                 speed = self.bias_rule.speed(self.num_steps)
                 change_E = self.bias_rule.update(
                     bias.float(), counts_E, speed, layer.bias.state, row.statistic, row.top_k

@@ -56,7 +56,8 @@ class Statistic:
         reach = bound + bias_E.abs().amax()
         threshold_T1 = (scores_TE + bias_E).topk(top_k + 1, dim=1).values[:, -1:]
         position_TE = (scores_TE - threshold_T1 + reach) * (self.num_bins / (2 * reach))
-        bin_TE = position_TE.floor().clamp(0, self.num_bins - 1).to(torch.int64)
+        # A NaN has no place; as an index it would be out of bounds.
+        bin_TE = position_TE.nan_to_num(0.0).floor().clamp(0, self.num_bins - 1).to(torch.int64)
         index_TE = bin_TE + torch.arange(num_experts, device=bin_TE.device) * self.num_bins
         ones_TE = torch.ones_like(index_TE)
         if valid_mask_T is not None:

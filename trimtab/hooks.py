@@ -10,6 +10,7 @@ Hooks are module-level functions and their state is an attribute of the module: 
 one graph for all layers, and copies or pickles of the model carry their own state.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -88,6 +89,18 @@ class RouterState:
         """Restore with a handle to the copied ledger."""
         self.__dict__.update(state)
         self.handle = self.ledger.handle(self.row)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RouterState":
+        """Copy as a part of the model; a router copied by itself would count where nobody reads."""
+        if id(self.context.module) not in memo:
+            raise RuntimeError(
+                f"{self.ledger.rows[self.row].name}: a router with a balancer was copied without its model, as "
+                "PEFT does for modules_to_save; attach after wrapping or copying, or call balancer.remove() first"
+            )
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return copied
 
 
 def after_router(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

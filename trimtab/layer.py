@@ -48,6 +48,11 @@ class RouterView(Protocol):
         ...
 
     @property
+    def weight(self) -> Tensor | None:
+        """(E, D) weight of the gate."""
+        ...
+
+    @property
     def expert_bias(self) -> Tensor | None:
         """(E,) live selection bias."""
         ...
@@ -98,13 +103,18 @@ def layer_bias(rule: BiasRule | None, router: RouterView) -> LayerBias | None:
             f"({type(router.module).__name__}) has none; use a balance loss for this model, or name the "
             "layers that have one with layers=(...)"
         )
-    if bias.dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"the expert bias of {name} is {bias.dtype}, in which updates of {rule.config.speed:g} are lost; "
-            "keep it in float32, as transformers does when a checkpoint is loaded"
-        )
+    check_bias_dtype(name, bias, rule)
     try:
         rule.check(router.num_experts, router.top_k, router.grouped)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     return LayerBias()
+
+
+def check_bias_dtype(name: str, bias: Tensor, rule: BiasRule) -> None:
+    """Raise a ValueError if updates of the expert bias would be rounded away."""
+    if bias.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"the expert bias of {name} is {bias.dtype}, in which updates of {rule.config.speed:g} are lost; "
+            "keep it in float32, as transformers does when a checkpoint is loaded"
+        )

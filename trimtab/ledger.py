@@ -8,6 +8,7 @@ moving, sharding, compiling or materialising the model cannot touch it.
 """
 
 import itertools
+import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -38,7 +39,13 @@ _next_id = itertools.count()
 def ledger_of(handle: Tensor) -> "tuple[Ledger, int]":
     """The live ledger and the row that a handle names."""
     ledger_id, row = handle.tolist()
-    return _ledgers[ledger_id], row
+    ledger = _ledgers.get(ledger_id)
+    if ledger is None:
+        raise RuntimeError(
+            "the balancer that this forward was counted by is gone; keep the model, or its balancer, until "
+            "backward has run"
+        )
+    return ledger, row
 
 
 def batch_sizes(num_tokens_G: Tensor, sequence_of_group_G: Tensor | None, num_sequences: int) -> Tensor:
@@ -451,6 +458,14 @@ class Ledger:
 
     def close_step(self) -> None:
         """Roll all rows over to the next step."""
+        short = next((row for row in self.rows if 0 < row.num_forwards < self.num_microbatches), None)
+        if short is not None:
+            warnings.warn(
+                f"{short.name}: the step ended after {short.num_forwards} of num_microbatches="
+                f"{self.num_microbatches} training forwards, so its losses were weighted too low; call "
+                f"balancer.start_step(num_microbatches={short.num_forwards}) before such a step",
+                stacklevel=3,
+            )
         for row in self.rows:
             row.close()
         self.declared = DeclaredTotals()

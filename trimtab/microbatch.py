@@ -56,6 +56,7 @@ class Context:
         self.explicit: Microbatch | None = None  # given by the user for the forwards in a with block
         self.counting = False  # inside a counting pass, where gradients are off but tokens count
         self.argument_names: tuple[str, ...] = ()
+        self.module: Any = None  # whose forward tells the batch
 
 
 def describe(
