@@ -38,6 +38,7 @@ OBJECTIVES: dict[str, list[Objective.Config]] = {
     "z": [ZLoss.Config(coef=0.05)],
     "all": [
         SequenceWise.Config(coef=0.3, unit="document", assignments="unbiased"),
+        SequenceWise.Config(coef=0.2, weighting="token"),
         BatchWise.Config(coef=0.2, average_microbatches=True),
         GlobalBatch.Config(coef=0.4, counts="exact"),
         DeviceLevel.Config(coef=0.5, num_devices=3),

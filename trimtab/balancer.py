@@ -304,12 +304,16 @@ class Balancer:
             warnings.warn(
                 "balancer.step() ends a step in which no training forward was counted; is the model in eval mode, "
                 "or is step() called twice?",
-                stacklevel=2,
+                stacklevel=3,
             )
         self._declared = self.ledger.declared
         self.ledger.close_step()
         self.num_steps += 1
         self._arm()
+
+    def discard_step(self) -> None:
+        """Forget the forwards since the last `step`: for a step that was abandoned, say out of memory."""
+        self.ledger.discard_step()
 
     def _arm(self) -> None:
         self.ledger.measuring = self.measure_every > 0 and (self.num_steps + 1) % self.measure_every == 0

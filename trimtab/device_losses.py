@@ -23,7 +23,7 @@ class DeviceLevel(SequenceWise):
     Source: DeepSeek-V2, arXiv:2405.04434, eq. 26-28.
     """
 
-    name: ClassVar[str] = "device_level"
+    name: str = "device_level"
 
     @dataclass(frozen=True, kw_only=True, slots=True)
     class Config(SequenceWise.Config):
@@ -75,7 +75,7 @@ class CommunicationLevel(DeviceLevel):
     Source: DeepSeek-V2, arXiv:2405.04434, eq. 29-31.
     """
 
-    name: ClassVar[str] = "communication_level"
+    name: str = "communication_level"
 
     @dataclass(frozen=True, kw_only=True, slots=True)
     class Config(DeviceLevel.Config):

@@ -140,10 +140,16 @@ class Row:
         if self.counts_AE is not None:
             self.prior_counts_AE, self.prior_num_tokens = self.counts_AE, self.num_tokens
             self.prior_num_microbatches = self.num_counted
+        self.clear()
+
+    def clear(self) -> None:
+        """Start from zero."""
         self.counts_AE = self.sizes = self.sizes_min = self.sizes_max = None
         self.num_counted = self.num_forwards = 0
         self.used_min_AE = self.used_max_AE = None
         self.measurement = None
+        if self.statistic is not None:
+            self.statistic.clear()
 
 
 @dataclass(frozen=True, slots=True)
@@ -464,10 +470,16 @@ class Ledger:
                 f"{short.name}: the step ended after {short.num_forwards} of num_microbatches="
                 f"{self.num_microbatches} training forwards, so its losses were weighted too low; call "
                 f"balancer.start_step(num_microbatches={short.num_forwards}) before such a step",
-                stacklevel=3,
+                stacklevel=4,
             )
         for row in self.rows:
             row.close()
+        self.discard_step()
+
+    def discard_step(self) -> None:
+        """Forget what the current step counted and declared."""
+        for row in self.rows:
+            row.clear()
         self.declared = DeclaredTotals()
         self.num_microbatches = self.accumulation.num_microbatches
         self.loss_scale = None

@@ -31,7 +31,7 @@ class SequenceWise(Objective):
         arXiv:2405.04434, eq. 23-25.
     """
 
-    name: ClassVar[str] = "sequence_wise"
+    name: str = "sequence_wise"
     scope: ClassVar[str] = "sequence"
 
     @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +66,11 @@ class SequenceWise(Objective):
             return SequenceWise(self)
 
     config: Config
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        if config.unit == "document":
+            self.name = {"sequence_wise": "document_wise"}.get(self.name, f"{self.name}_document")
 
     @property
     def maps(self) -> tuple[CountMap, ...]:
@@ -121,7 +126,7 @@ class BatchWise(Objective):
         arXiv:2101.03961, eq. 4-6 with f divided by K.
     """
 
-    name: ClassVar[str] = "batch_wise"
+    name: str = "batch_wise"
     scope: ClassVar[str] = "microbatch"
 
     @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,7 +196,7 @@ class GlobalBatch(Objective):
     Source: Qiu et al. 2025, arXiv:2501.11873, eq. 4-6, without the assumption of equal token counts.
     """
 
-    name: ClassVar[str] = "global_batch"
+    name: str = "global_batch"
     scope: ClassVar[str] = "step"
 
     @dataclass(frozen=True, kw_only=True, slots=True)
@@ -274,7 +279,7 @@ class ImportanceCV(Objective):
     Source: Shazeer et al. 2017, arXiv:1701.06538, eq. 6-7.
     """
 
-    name: ClassVar[str] = "importance_cv"
+    name: str = "importance_cv"
     scope: ClassVar[str] = "microbatch"
     needs_prob_sums: ClassVar[bool] = True
 
@@ -314,7 +319,7 @@ class ZLoss(Objective):
     Source: Zoph et al. 2022, arXiv:2202.08906, eq. 5; the mean is over the whole step.
     """
 
-    name: ClassVar[str] = "z"
+    name: str = "z"
     scope: ClassVar[str] = "token"
 
     @dataclass(frozen=True, kw_only=True, slots=True)

@@ -30,7 +30,7 @@ class Objective(ABC):
     balance loss overrides `targets`, z-loss overrides `z_weight`.
     """
 
-    name: ClassVar[str]
+    name: str
     scope: ClassVar[str]
     needs_prob_sums: ClassVar[bool] = False
 
