@@ -59,8 +59,11 @@ def test_all_is_right() -> None:
     ("reduction", "divide", "ratio", "finding"),
     [
         (GradReduction(), M, 1 / M, "divided by the number of microbatches"),
-        (GradReduction(ranks="mean", num_ranks=4), 1, 4, "multiplied by the number of ranks"),
-        (GradReduction(ranks="mean", num_ranks=4), 16, 1 / 4, "divided by the number of ranks"),
+        # one process stands for four with the same tokens: their mean is its own gradient, their sum four
+        (GradReduction(ranks="mean", num_ranks=4), 1, 1, "exact"),
+        (GradReduction(ranks="mean", num_ranks=4), 1 / 4, 4, "multiplied by the number of ranks"),
+        (GradReduction(ranks="sum", num_ranks=4), 1 / 4, 1, "exact"),
+        (GradReduction(ranks="sum", num_ranks=4), 1, 1 / 4, "divided by the number of ranks"),
         (GradReduction(), 1024, 1 / 1024, "neither microbatches nor ranks"),
         (GradReduction(divisor=7.0), 7, 1, "exact"),
     ],

@@ -32,7 +32,7 @@ class LayerAudit:
     Args:
         name: router.
         effective_coef: measured over reference gradient, projected on the reference; 1.000 is right.
-        residual: share of the measured gradient that does not point along the reference; 0 is right.
+        residual: norm of what does not point along the reference, over the norm of the reference; 0 is right.
         finding: what is wrong, in words; "exact" if nothing is.
     """
 
@@ -78,6 +78,9 @@ def audit(
     seeded inside), forwards and backwards of one whole step, unscaling of gradients if a scaler is used,
     and no optimiser step. Gradients are cleared before and after; `Balancer.step` is called here and the
     step's counts are discarded, so that training goes on as if nothing had run.
+
+    With several data-parallel ranks all of them call it together; the reference is the mean over ranks of
+    each one's own, which is exact if they hold equally many sequences and tokens.
 
     Args:
         balancer: the attached balancer; a step must not be under way.
@@ -222,7 +225,17 @@ def _reference(balancer: Balancer, index: int, records: list[_Record]) -> Tensor
     assert isinstance(total, Tensor)
     slopes = torch.autograd.grad(total, logits)
     pairs = zip(slopes, records, strict=True)
-    return sum(slope.T @ record.gate_input_TD for slope, record in pairs)  # type: ignore[return-value]
+    want = sum(slope.T @ record.gate_input_TD for slope, record in pairs)
+    assert isinstance(want, Tensor)
+    if balancer.reduction.num_ranks > 1 and _world_size() > 1:
+        torch.distributed.all_reduce(want)
+        want = want / _world_size()
+    return want
+
+
+def _world_size() -> int:
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def _judge(balancer: Balancer, name: str, have: Tensor, want: Tensor) -> LayerAudit:
@@ -236,9 +249,8 @@ def _judge(balancer: Balancer, name: str, have: Tensor, want: Tensor) -> LayerAu
 
 def _explain(balancer: Balancer, ratio: float, residual: float) -> str:
     """Name the fault that gives such a ratio."""
-    microbatches, ranks = balancer.ledger.num_microbatches, balancer.reduction.num_ranks
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        ranks = max(ranks, torch.distributed.get_world_size())
+    microbatches = balancer.ledger.num_microbatches
+    ranks = max(balancer.reduction.num_ranks, _world_size())
     if residual > 10 * TOLERANCE and residual > 0.01 * abs(ratio):
         return (
             "the gradient points elsewhere: counts of the step are not the final ones (counts='prior' or "

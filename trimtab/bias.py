@@ -3,8 +3,8 @@
 Shapes: T tokens, E experts, K top-k, N histogram bins.
 
 A rule turns the step's executed counts into a change of the bias; no gradient is involved (Wang et al. 2024,
-arXiv:2408.15664). Counts are integers summed over all microbatches and ranks, so every rank computes the
-same bias bit for bit.
+arXiv:2408.15664). Counts are integers summed over all microbatches, so how a step is split into microbatches
+does not change the bias by a bit.
 """
 
 from abc import ABC, abstractmethod
@@ -32,7 +32,7 @@ class Statistic:
     """Histogram over tokens of each expert's margin, for the quantile rule.
 
     The margin of expert j for token t is s_tj - a_t, with a_t the (K+1)-th largest of s_t + b. Integer
-    bins add over microbatches and ranks, so the result does not depend on how tokens are split.
+    bins add over microbatches, so the result does not depend on how tokens are split.
 
     Args:
         num_bins: N, bins over [-(bound + max|b|), bound + max|b|]; the quantile is exact to one bin.

@@ -160,7 +160,7 @@ class StepTotals:
         num_tokens: () valid tokens of the step, all microbatches and ranks.
         num_sequences: () sequences with at least one valid token.
         num_documents: () documents with at least one valid token.
-        num_microbatches: M.
+        num_microbatches: M times the number of ranks.
     """
 
     num_tokens: Tensor

@@ -4,7 +4,6 @@ Shapes: E experts, G finest groups, H groups of one loss, D devices, e experts o
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 

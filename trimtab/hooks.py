@@ -121,14 +121,17 @@ def after_router(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
             batch_shape=batch_shape,
             device=ids_TK.device,
         )
-    if not microbatch.active:
+    # The last microbatch stays known after the model's forward; a layer called alone in eval is not of it.
+    if not microbatch.active or not (module.training or state.context.counting):
         return None
-    if microbatch.num_rows != ids_TK.shape[0]:
+    # A compiled layer takes integers that it finds on modules for constants: one graph for every size.
+    if not torch.compiler.is_compiling() and microbatch.num_rows != ids_TK.shape[0]:
         raise ValueError(
             f"{type(module).__name__} routed {ids_TK.shape[0]} tokens, but the model was called with "
             f"{microbatch.num_rows}; if the model routes other tokens than it is given, call it inside "
             "balancer.microbatch(batch_shape=(B, S), ...) that describes what its routers see"
         )
+    num_sequences = 0 if microbatch.sequence_of_group_G is None else microbatch.num_sequences
     expert_bias_E: Any = None
     if state.bias_holder is not None:
         expert_bias_E = state.bias_holder
@@ -144,24 +147,23 @@ def after_router(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         microbatch.valid_mask_T,
         microbatch.num_tokens_G,
         microbatch.sequence_of_group_G,
-        microbatch.num_sequences,
+        num_sequences,
         state.num_maps,
         microbatch.active,
     )
     if not (state.injects and logits_TE.requires_grad):
         return state.repack(output, weights + zero.to(weights.dtype))
     gate_input_TD = gate_weight = gate_bias = None
-    # Under autocast the gate keeps a cast copy: holding its input would cost more than the logits.
-    input_is_held = state.keeps_input or gate_input.dtype == logits_TE.dtype
-    if (
-        state.gate_weight is not None
-        and input_is_held
-        and not torch.is_autocast_enabled(gate_input.device.type)
-    ):
-        gate_input_TD = gate_input.detach().reshape(-1, gate_input.shape[-1])
-        gate_weight = getattr(module, state.gate_weight).detach()
-        if state.gate_bias is not None:
-            gate_bias = getattr(module, state.gate_bias).detach()
+    # Holding an input that nobody else holds would cost more than the logits. A frozen gate does not hold its
+    # input, and under autocast gates hold a cast copy.
+    if state.gate_weight is not None and not torch.is_autocast_enabled(gate_input.device.type):
+        weight = getattr(module, state.gate_weight)
+        held_by_gate = weight.requires_grad and gate_input.dtype == logits_TE.dtype
+        if state.keeps_input or held_by_gate:
+            gate_input_TD = gate_input.detach().reshape(-1, gate_input.shape[-1])
+            gate_weight = weight.detach()
+            if state.gate_bias is not None:
+                gate_bias = getattr(module, state.gate_bias).detach()
     weights = Injection.apply(
         weights,
         zero,
@@ -175,7 +177,7 @@ def after_router(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         microbatch.group_ids_T,
         microbatch.valid_mask_T,
         state.handle,
-        microbatch.num_sequences,
+        num_sequences,
         state.score,
         state.has_z,
         state.needs_prob_sums,

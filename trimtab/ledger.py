@@ -3,8 +3,8 @@
 Shapes: T tokens, K top-k, E experts, G finest groups, A count maps, M microbatches.
 
 Forward only counts and backward reads, so a row is written by `Ledger.observe` once per real microbatch
-and read by `Ledger.bind` when the layer's backward runs. All state lives here and none on the modules:
-moving, sharding, compiling or materialising the model cannot touch it.
+and read by `Ledger.bind` when the layer's backward runs. Counts are no buffers of the model: moving,
+sharding, compiling or materialising it cannot touch them.
 """
 
 import itertools
@@ -386,18 +386,20 @@ class Ledger:
     def _totals(
         self, row: Row, num_tokens_G: Tensor, sequence_of_group_G: Tensor | None, num_sequences: int
     ) -> StepTotals:
-        """Totals as declared, else as counted where counting is complete, else M times this microbatch."""
+        """Totals as declared, else R times those counted, where counting is complete, else M R times these."""
+        num_ranks = self.reduction.num_ranks
         if self.accumulation.counts_are_complete and row.sizes is not None:
-            sizes = row.sizes
+            sizes = row.sizes * num_ranks
         else:
-            sizes = batch_sizes(num_tokens_G, sequence_of_group_G, num_sequences) * self.num_microbatches
+            sizes = batch_sizes(num_tokens_G, sequence_of_group_G, num_sequences)
+            sizes = sizes * (self.num_microbatches * num_ranks)
         counted = sizes.to(num_tokens_G.dtype).unbind()
         declared = (self.declared.num_tokens, self.declared.num_sequences, self.declared.num_documents)
         tokens, sequences, documents = (
             known if total is None else known.new_full((), total)
             for total, known in zip(declared, counted, strict=True)
         )
-        return StepTotals(tokens, sequences, documents, self.num_microbatches)
+        return StepTotals(tokens, sequences, documents, self.num_microbatches * num_ranks)
 
     def _step_counts(self, row: Row, mode: CountsMode, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         if row.counts_AE is None or row.num_tokens is None:

@@ -190,8 +190,8 @@ class BatchWise(Objective):
 class GlobalBatch(Objective):
     """Global-batch balance loss: sum_e f_e P_e over all tokens of the optimiser step.
 
-    Gradient with respect to p: coef * f / N, N the step's valid tokens, f over all its microbatches and
-    ranks as far as ``counts`` knows them when backward runs. f carries no gradient. 1.0 at balance.
+    Gradient with respect to p: coef * f / N, N the step's valid tokens, f over all its microbatches as far
+    as ``counts`` knows them when backward runs. f carries no gradient. 1.0 at balance.
 
     Source: Qiu et al. 2025, arXiv:2501.11873, eq. 4-6, without the assumption of equal token counts.
     """

@@ -23,8 +23,10 @@ class GradReduction:
         optimiser gradient = (1 / divisor) * reduce over ranks of sum over microbatches of local gradient
 
     Args:
-        ranks: "sum" (trimtab's trainer; one process) or "mean" (DDP, FSDP default).
-        num_ranks: size of the group averaged over; only "mean" needs it.
+        ranks: "sum" (trimtab's trainer; FSDP2 with sum reduction; one process) or "mean" (DDP, FSDP
+            default).
+        num_ranks: data-parallel ranks R that share a step. Totals that nobody declares are taken to be R
+            times what this rank sees, and microbatch losses are averaged over ranks too.
         microbatches: what the loss given to `Balancer.follow` is. "mean": the mean over its microbatch,
             which the trainer then divides by the number of microbatches. "sum": already this
             microbatch's share of the step's loss, which the trainer does not divide. Only needed when
@@ -48,18 +50,13 @@ class GradReduction:
                 raise ValueError(f"{field}={value!r} must be 'sum' or 'mean'")
         if self.num_ranks < 1:
             raise ValueError(f"num_ranks={self.num_ranks} must be at least 1")
-        if self.ranks == "sum" and self.num_ranks != 1:
-            raise ValueError(
-                f"num_ranks={self.num_ranks} has no effect with ranks='sum'; "
-                "say ranks='mean' if the framework averages gradients (DDP, FSDP), else drop num_ranks"
-            )
         if not self.divisor > 0:
             raise ValueError(f"divisor={self.divisor} must be positive")
 
     @property
     def factor(self) -> float:
         """What injected gradients are multiplied by so that the optimiser sees the reference."""
-        return self.num_ranks * self.divisor
+        return (self.num_ranks if self.ranks == "mean" else 1) * self.divisor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

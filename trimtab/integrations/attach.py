@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+import torch
 from torch import nn
 
 from trimtab.balancer import BALANCER, Balancer
@@ -41,30 +42,34 @@ def attach(
 
     Args:
         model: a Hugging Face MoE model, a model of `trimtab.MoE` layers, or one wrapped by PEFT or
-            torch.compile. Attach after wrapping with PEFT.
+            torch.compile. Attach after wrapping with PEFT, which may copy routers.
         objectives: losses, for example ``[SequenceWise.Config(coef=1e-4), ZLoss.Config(coef=1e-3)]``.
         bias: rule for expert biases, for routers that have one.
         accumulation: microbatches per optimiser step, as a number or with their order.
-        reduction: how the trainer reduces gradients over ranks and microbatches; None for one process
-            that sums.
+        reduction: how the trainer reduces gradients over ranks and microbatches; None for one process.
+            Required where torch.distributed runs several.
         families: rows for router classes that the table of families lacks, by class name; None as a row
             leaves that class alone.
         keep: what backward needs of a router: "input" computes the logits again from the gate's input,
             which is kept anyway, and holds no [T, E] tensor; "logits" keeps the logits, one [T, E] tensor
-            per layer, and saves one small matrix product. Gates that are not plain linear layers keep
-            their logits.
+            per layer, and saves one small matrix product. Gates that are not plain linear layers, and
+            gates that are frozen or run under autocast and so do not keep their input, keep their logits.
         measure_every: steps between measurements of loss values, router entropy and logits; 0 for never.
 
     Returns:
         The balancer.
 
     Raises:
-        ValueError: no router, a router that cannot be served, an objective or rule that does not fit it, a
-            score function that the router does not have, a stock auxiliary loss that is active as well, or
-            a model that has a balancer already.
+        ValueError: several processes without ``reduction``, or with objectives or a bias rule whose counts
+            would have to be summed over ranks, which this version does not do; no router, a router that
+            cannot be served, an objective or rule that does not fit it, a score function that the router
+            does not have, a stock auxiliary loss that is active as well, or a balancer there already.
     """
     if keep not in ("input", "logits"):
         raise ValueError(f"keep={keep!r} must be 'input' or 'logits'")
+    built = [config.build() for config in objectives]
+    rule = bias.build() if bias is not None else None
+    _check_ranks(built, rule, reduction)
     routers = discover(model, extra=families)
     taken = next((r.name for r in routers if hasattr(r.module, ROUTER_STATE)), None)
     if taken is not None:
@@ -72,10 +77,8 @@ def attach(
     if objectives and (active := stock_aux_loss_active(model)) is not None:
         raise ValueError(active)
     verify(routers)
-    built = [config.build() for config in objectives]
     if isinstance(accumulation, int):
         accumulation = Accumulation(num_microbatches=accumulation)
-    rule = bias.build() if bias is not None else None
     balancer = Balancer(built, rule, accumulation, reduction or GradReduction(), measure_every)
     try:
         for router in routers:
@@ -106,6 +109,30 @@ def balancer_of(model: nn.Module) -> Balancer:
     raise ValueError(
         f"no balancer is attached to this {type(model).__name__}; call trimtab.attach(model, ...)"
     )
+
+
+def _check_ranks(
+    objectives: Sequence[Objective], rule: BiasRule | None, reduction: GradReduction | None
+) -> None:
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
+    world_size = distributed.get_world_size()
+    if world_size == 1:
+        return
+    if reduction is None:
+        raise ValueError(
+            f"torch.distributed runs {world_size} processes; say how they reduce gradients: "
+            f"reduction=GradReduction(ranks='mean', num_ranks={world_size}) for DDP and FSDP as they are, or "
+            "ranks='sum'; num_ranks=1 if the ranks do not share a batch"
+        )
+    shared = [o.name for o in objectives if o.scope in ("step", "microbatch")]
+    if reduction.num_ranks > 1 and (shared or rule is not None):
+        what = f"objective {shared[0]!r}" if shared else f"bias rule {type(rule).__name__}"
+        raise ValueError(
+            f"{what} needs counts summed over {reduction.num_ranks} ranks, which this version does not do yet; "
+            "SequenceWise, DeviceLevel, CommunicationLevel and ZLoss are exact in data parallelism"
+        )
 
 
 def _check_logits(router: FoundRouter, objectives: Sequence[Objective]) -> None:

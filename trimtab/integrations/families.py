@@ -5,7 +5,7 @@ Shapes: T tokens, D model, E experts, K top-k.
 A row says what cannot be read off a router's output: which score function the model means, where the
 selection bias lives, whether selection is limited to expert groups. transformers is not imported:
 routers are recognised by class name, so a row also serves a fork or a subclass that keeps the name.
-`trimtab.integrations.probe.verify` checks every row against the class it finds.
+`trimtab.integrations.discovery.verify` checks every row against the class it finds.
 
 Adding a family is one row here, one factory in ``tests/hf_models.py`` and its name in the tests.
 """
