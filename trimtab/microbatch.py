@@ -3,6 +3,7 @@
 Shapes: B sequences, S length, T = B S tokens, G groups (the finest any objective asks for).
 """
 
+import warnings
 from typing import Any
 
 import torch
@@ -56,6 +57,7 @@ class Context:
         self.explicit: Microbatch | None = None  # given by the user for the forwards in a with block
         self.counting = False  # inside a counting pass, where gradients are off but tokens count
         self.argument_names: tuple[str, ...] = ()
+        self.stock_loss: str | None = None  # what to say once if a call asks for the model's own loss
         self.module: Any = None  # whose forward tells the batch
 
 
@@ -173,6 +175,14 @@ def read_call(context: Context, module: Any, args: tuple[Any, ...], kwargs: dict
     else:
         batch_shape = (1, tokens.shape[0])
     active = context.counting or (torch.is_grad_enabled() and module.training)
+    if (
+        active
+        and context.stock_loss
+        and not torch.compiler.is_compiling()
+        and given.get("output_router_logits")
+    ):
+        warnings.warn(context.stock_loss, stacklevel=2)
+        context.stock_loss = None
     valid_mask = given.get("attention_mask") if active else None
     if valid_mask is not None and not (isinstance(valid_mask, Tensor) and valid_mask.dim() == 2):
         form = tuple(valid_mask.shape) if isinstance(valid_mask, Tensor) else type(valid_mask).__name__

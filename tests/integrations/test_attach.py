@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import trimtab
-from tests.hf_models import REQUIRED, D, E, K
+from tests.hf_models import REQUIRED, D, E, K, tiny_model
 from tests.hf_reference import (
     FLOAT32_ROUTERS,
     OBJECTIVES,
@@ -275,3 +275,18 @@ class TestRefusals:
         model, _ = stock_model("mixtral")
         with pytest.raises(ValueError, match="keep='scores' must be 'input' or 'logits'"):
             attach(model, [], keep="scores")  # type: ignore[arg-type]
+
+
+def test_a_stock_loss_asked_for_in_a_call_is_reported_once() -> None:
+    model, make_batch = tiny_model("mixtral", router_aux_loss_coef=0.01)
+    trimtab.attach(model, [SequenceWise.Config(coef=0.1)], accumulation=3)
+    with pytest.warns(UserWarning, match=r"MixtralForCausalLM adds its own .* \(router_aux_loss_coef=0.01\)"):
+        model(**make_batch(1, 4, seed=0), output_router_logits=True)
+    model(**make_batch(1, 4, seed=0), output_router_logits=True)
+    model(**make_batch(1, 4, seed=0))
+
+
+def test_router_logits_may_be_asked_for_where_there_is_no_stock_loss() -> None:
+    model, make_batch = tiny_model("mixtral", router_aux_loss_coef=0.0)
+    trimtab.attach(model, [SequenceWise.Config(coef=0.1)])
+    model(**make_batch(1, 4, seed=0), output_router_logits=True)

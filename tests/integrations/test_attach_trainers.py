@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+import trimtab
 from tests.hf_models import Batch, K
 from tests.hf_models import make_batch as hf_batch
 from tests.hf_reference import (
@@ -366,6 +367,44 @@ class TestTrainer:
         trainer.train()
         assert balancer.num_steps == 3
         assert counts(balancer) == [-1, -1]
+
+    def test_the_balancer_resumes_from_the_trainers_checkpoint(self, tmp_path: Path) -> None:
+        """Momentum, prior counts and schedule step; the Trainer (5.23) itself resumes fused experts wrongly."""
+
+        class Begin(TrainerCallback):
+            def __init__(self, balancer: Balancer) -> None:
+                self.balancer = balancer
+
+            def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+                self.state = copy.deepcopy(self.balancer.state_dict())
+
+        def run(max_steps: int, resume: bool) -> tuple[Balancer, Any]:
+            model, _ = stock_model("deepseek_v3")
+            rule = trimtab.Momentum.Config(speed=0.1, schedule=((0, 1.0), (4, 0.0)))
+            balancer = attach(model, objectives("global"), bias=rule, accumulation=2, measure_every=0)
+            begin = Begin(balancer)
+            trainer = Trainer(
+                model=model,
+                args=arguments(tmp_path, max_steps=max_steps, save_strategy="steps", save_steps=2),
+                train_dataset=dataset(16),
+                callbacks=[BalancerCallback(balancer), begin],
+            )
+            trainer.train(resume_from_checkpoint=resume)
+            return balancer, begin.state
+
+        saved = run(2, resume=False)[0].state_dict()
+        balancer, state = run(3, resume=True)
+        assert state["num_steps"] == saved["num_steps"] == 2
+        assert balancer.num_steps == 3
+        for name, layer in saved["layers"].items():
+            assert layer["momentum_E"].abs().max() > 0
+            for key, value in layer.items():
+                have = state["layers"][name][key]
+                assert torch.equal(have, value) if isinstance(value, Tensor) else have == value
+        for path in tmp_path.glob("checkpoint-*/trimtab_balancer.pt"):
+            path.unlink()
+        with pytest.warns(UserWarning, match=r"resumes at step \d, but .* holds no trimtab_balancer\.pt"):
+            run(4, resume=True)
 
     def test_other_accumulation_is_refused(self, tmp_path: Path) -> None:
         model, _ = stock_model("qwen3_moe")

@@ -15,6 +15,7 @@ from trimtab.integrations.discovery import (
     context_module,
     discover,
     stock_aux_loss_active,
+    stock_aux_loss_at_call,
     verify,
 )
 from trimtab.integrations.families import Family
@@ -90,6 +91,8 @@ def attach(
             )
         around = context_module(model, routers)
         balancer.add_context(model, around, tuple(inspect.signature(around.forward).parameters))
+        if objectives:
+            balancer.context.stock_loss = stock_aux_loss_at_call(model)
     except BaseException:
         balancer.remove()
         raise

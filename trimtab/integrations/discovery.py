@@ -251,6 +251,28 @@ def stock_aux_loss_active(model: nn.Module) -> str | None:
     transformers adds it where the configuration (or a nested one) has ``output_router_logits=True`` and a
     non-zero coefficient, and the model's file computes it.
     """
+    for module, path, config, coef in _stock_losses(model):
+        if getattr(config, "output_router_logits", False) is True:
+            return (
+                f"{type(module).__name__} also adds its own load-balancing loss: "
+                f"{path}.output_router_logits=True with {coef}; set "
+                f"{path}.output_router_logits = False to train with trimtab's alone"
+            )
+    return None
+
+
+def stock_aux_loss_at_call(model: nn.Module) -> str | None:
+    """One sentence if ``output_router_logits=True`` in a call would add the model's own loss, else None."""
+    for module, _, _, coef in _stock_losses(model):
+        return (
+            f"output_router_logits=True: given labels, {type(module).__name__} adds its own load-balancing loss "
+            f"({coef}) beside the attached ones; set {coef.partition('=')[0]} to 0, or leave the argument out"
+        )
+    return None
+
+
+def _stock_losses(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any, str]]:
+    """Modules that can add a stock balance loss: (module, path of its config, config, "name=coefficient")."""
     for module in model.modules():
         source = sys.modules.get(type(module).__module__)
         config = getattr(module, "config", None)
@@ -259,18 +281,11 @@ def stock_aux_loss_active(model: nn.Module) -> str | None:
         if "labels" not in _parameters_of(module):
             continue
         for path, nested in _configs(config):
-            if getattr(nested, "output_router_logits", False) is not True:
-                continue
             for name in ("router_aux_loss_coef", "aux_loss_coef", "aux_loss_alpha"):
                 # Models copy the coefficient at construction and use the copy.
                 coef = getattr(module, name, getattr(nested, name, None))
                 if isinstance(coef, int | float) and coef != 0:
-                    return (
-                        f"{type(module).__name__} also adds its own load-balancing loss: "
-                        f"{path}.output_router_logits=True with {name}={coef:g}; set "
-                        f"{path}.output_router_logits = False to train with trimtab's alone"
-                    )
-    return None
+                    yield module, path, nested, f"{name}={coef:g}"
 
 
 def _found(

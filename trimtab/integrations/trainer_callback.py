@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
 from trimtab.balancer import Balancer
 from trimtab.integrations.discovery import stock_aux_loss_active
+
+STATE_FILE = "trimtab_balancer.pt"
 
 
 class BalancerCallback(TrainerCallback):
@@ -30,6 +35,8 @@ class BalancerCallback(TrainerCallback):
     Reporting integrations run before callbacks given to the Trainer; for TensorBoard to see the values, move
     this one to the front of ``trainer.callback_handler.callbacks``. Loss values appear on steps that the
     balancer measures: attach with ``measure_every=args.logging_steps``.
+
+    Checkpoints of the Trainer hold the balancer's state in ``trimtab_balancer.pt``, and resuming restores it.
 
     Args:
         balancer: of the model that is trained.
@@ -63,8 +70,31 @@ class BalancerCallback(TrainerCallback):
         # Some trainers switch the model's own loss on after attach().
         if self.balancer.objectives and model is not None and (active := stock_aux_loss_active(model)):
             raise ValueError(active)
+        if state.global_step > 0:
+            self._resume(args, state)
         # A run that was broken off, as when the Trainer looks for a batch size that fits, leaves half a step.
         self.balancer.discard_step()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save the balancer's state into the Trainer's checkpoint."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            torch.save(self.balancer.state_dict(), folder / STATE_FILE)
+
+    def _resume(self, args: Any, state: Any) -> None:
+        given = args.resume_from_checkpoint
+        folders = [Path(args.output_dir) / f"checkpoint-{state.global_step}"]
+        if isinstance(given, str) and Path(given).is_dir():
+            folders.insert(0, Path(given))
+        for folder in folders:
+            if (folder / STATE_FILE).is_file():
+                self.balancer.load_state_dict(torch.load(folder / STATE_FILE, weights_only=True))
+                return
+        warnings.warn(
+            f"the run resumes at step {state.global_step}, but {folders[0]} holds no {STATE_FILE}: prior counts, "
+            "momenta and the step of a bias schedule start anew",
+            stacklevel=2,
+        )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Tell the balancer of a last, shorter step of an epoch."""
