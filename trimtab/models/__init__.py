@@ -1,1 +1,1 @@
-"""Model families of the trainer: configs and presets."""
+"""Model families of the trainer: one module each, with functions that return whole configurations."""

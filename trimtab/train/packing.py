@@ -7,8 +7,6 @@ A *segment* is a stretch of one document within one row: nothing is predicted ac
 positions count from 0.
 """
 
-# ruff: noqa: N815
-
 from __future__ import annotations
 
 from collections.abc import Callable

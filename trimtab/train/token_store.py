@@ -3,8 +3,6 @@
 Shape suffixes: N tokens of all documents, D documents.
 """
 
-# ruff: noqa: N815
-
 from __future__ import annotations
 
 import hashlib

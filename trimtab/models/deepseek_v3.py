@@ -1,0 +1,248 @@
+"""DeepSeek-V3: latent attention, sigmoid router with expert bias and groups, shared expert.
+
+The model is transformers' own definition. Balancing follows the report (DeepSeek-AI 2024, arXiv:2412.19437,
+section 2.1.2): expert biases moved by the sign of the load's excess, gamma = 1e-3, and a sequence-wise loss
+with alpha = 1e-4 whose load counts the top-k of unbiased scores.
+
+Legend: E experts, K top-k.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from trimtab.bias import Sign
+from trimtab.losses import BatchWise, GlobalBatch, SequenceWise
+from trimtab.train.config import TrainConfig, TrainingConfig
+from trimtab.train.data import DataConfig
+from trimtab.train.evaluation import ValidationConfig
+from trimtab.train.logging import MetricsConfig
+from trimtab.train.model import Balancing, ModelConfig
+from trimtab.train.optim import OptimizerConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeepseekV3ModelConfig(ModelConfig):
+    """Sizes of a DeepSeek-V3 model.
+
+    Args:
+        dim: width of the model.
+        num_layers: decoder layers.
+        num_dense_layers: first layers, whose feed-forward is dense.
+        hidden_dim: hidden width of dense feed-forwards.
+        expert_hidden_dim: hidden width of one expert.
+        num_shared_experts: experts that every token passes.
+        num_groups: groups that experts are divided into for selection.
+        num_limited_groups: groups a token may choose experts from.
+        route_scale: factor on the routing weights.
+        num_heads: attention heads.
+        q_lora_rank: rank of the queries' projection; None for a full one.
+        kv_lora_rank: rank of the keys' and values' common projection.
+        nope_head_dim: width of a head's part without positions.
+        rope_head_dim: width of a head's part with positions.
+        v_head_dim: width of a head's values.
+        init_std: standard deviation of initial weights.
+
+    Raises:
+        ValueError: sizes that are not positive or do not fit each other.
+    """
+
+    dim: int
+    num_layers: int
+    num_dense_layers: int = 1
+    hidden_dim: int
+    expert_hidden_dim: int
+    num_shared_experts: int = 1
+    num_groups: int = 1
+    num_limited_groups: int = 1
+    route_scale: float = 1.0
+    num_heads: int
+    q_lora_rank: int | None = None
+    kv_lora_rank: int
+    nope_head_dim: int
+    rope_head_dim: int
+    v_head_dim: int
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        ModelConfig.__post_init__(self)
+        sizes = (
+            "dim",
+            "num_layers",
+            "hidden_dim",
+            "expert_hidden_dim",
+            "num_shared_experts",
+            "num_groups",
+            "num_limited_groups",
+            "num_heads",
+            "kv_lora_rank",
+            "nope_head_dim",
+            "rope_head_dim",
+            "v_head_dim",
+        )
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1; raise model.{name}")
+        if not 0 <= self.num_dense_layers < self.num_layers:
+            raise ValueError(
+                f"num_dense_layers={self.num_dense_layers} must be in [0, num_layers={self.num_layers}), so that "
+                "one layer has experts; lower model.num_dense_layers"
+            )
+        if self.rope_head_dim % 2:
+            raise ValueError(f"rope_head_dim={self.rope_head_dim} must be even; change model.rope_head_dim")
+        # The family scores a group by its two best experts.
+        if self.num_experts % self.num_groups or self.num_experts < 2 * self.num_groups:
+            raise ValueError(
+                f"num_groups={self.num_groups} must divide num_experts={self.num_experts} into groups of at least "
+                "2; lower model.num_groups"
+            )
+        if self.num_limited_groups > self.num_groups:
+            raise ValueError(
+                f"num_limited_groups={self.num_limited_groups} must be at most num_groups={self.num_groups}; "
+                "lower model.num_limited_groups"
+            )
+        reachable = self.num_experts // self.num_groups * self.num_limited_groups
+        if self.top_k > reachable:
+            raise ValueError(
+                f"top_k={self.top_k} is more than the {reachable} experts of num_limited_groups="
+                f"{self.num_limited_groups}; lower model.top_k or raise model.num_limited_groups"
+            )
+
+    @property
+    def grouped(self) -> bool:
+        """Whether a token reaches only some groups."""
+        return self.num_limited_groups < self.num_groups
+
+    @property
+    def has_expert_bias(self) -> bool:
+        """The family's routers have one."""
+        return True
+
+    def build(self, *, vocab_size: int, seq_len: int) -> nn.Module:
+        """Build transformers' `DeepseekV3ForCausalLM`."""
+        from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+        config = DeepseekV3Config(
+            vocab_size=vocab_size,
+            hidden_size=self.dim,
+            num_hidden_layers=self.num_layers,
+            first_k_dense_replace=self.num_dense_layers,
+            intermediate_size=self.hidden_dim,
+            moe_intermediate_size=self.expert_hidden_dim,
+            n_routed_experts=self.num_experts,
+            num_experts_per_tok=self.top_k,
+            n_shared_experts=self.num_shared_experts,
+            n_group=self.num_groups,
+            topk_group=self.num_limited_groups,
+            norm_topk_prob=True,
+            routed_scaling_factor=self.route_scale,
+            num_attention_heads=self.num_heads,
+            num_key_value_heads=self.num_heads,
+            q_lora_rank=self.q_lora_rank,
+            kv_lora_rank=self.kv_lora_rank,
+            qk_nope_head_dim=self.nope_head_dim,
+            qk_rope_head_dim=self.rope_head_dim,
+            v_head_dim=self.v_head_dim,
+            max_position_embeddings=self.max_seq_len,
+            initializer_range=self.init_std,
+            num_mtp_layers=0,
+            use_cache=False,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+        return DeepseekV3ForCausalLM(config).train()
+
+
+def deepseek_v3_debugmodel() -> TrainConfig:
+    """Small model, sequence-wise loss and sign bias balancing as in the report; minutes on two CPU cores.
+
+    alpha and gamma are 10 times the report's: its biases move for 14.8 trillion tokens, these for 400 steps. A
+    step takes 4 microbatches, each of one domain, so that every step holds text of several.
+    """
+    return _debugmodel(
+        Balancing(
+            objectives=(SequenceWise.Config(coef=1e-3, assignments="unbiased"),),
+            bias=Sign.Config(speed=1e-2),
+            bias_decay=0.2,
+        )
+    )
+
+
+def deepseek_v3_debugmodel_batch_wise() -> TrainConfig:
+    """The debug model with the batch-wise loss alone (section 4.5.3 of the report), no bias balancing.
+
+    The batch is one forward of 16 rows: a batch-wise loss cannot see across accumulated microbatches.
+    """
+    balancing = Balancing(objectives=(BatchWise.Config(coef=1e-2),))
+    return _debugmodel(balancing, microbatch_size=16, domain_pure=False)
+
+
+def deepseek_v3_debugmodel_global_batch() -> TrainConfig:
+    """The debug model with the global-batch loss alone, over 4 domain-pure microbatches, no bias balancing.
+
+    Microbatches of one domain are where global and micro-batch balancing differ: only the former lets experts
+    specialise (Qiu et al. 2025, arXiv:2501.11873).
+    """
+    return _debugmodel(Balancing(objectives=(GlobalBatch.Config(coef=1e-2),)))
+
+
+def deepseek_v3_tiny() -> TrainConfig:
+    """A model of seconds on the text shipped with trimtab, for tests and first looks."""
+    return TrainConfig(
+        model=DeepseekV3ModelConfig(
+            balancing=Balancing(
+                objectives=(SequenceWise.Config(coef=1e-3, assignments="unbiased"),),
+                bias=Sign.Config(speed=1e-2),
+            ),
+            dim=32,
+            num_layers=3,
+            hidden_dim=64,
+            expert_hidden_dim=16,
+            num_experts=8,
+            top_k=2,
+            num_heads=2,
+            kv_lora_rank=16,
+            nope_head_dim=8,
+            rope_head_dim=8,
+            v_head_dim=8,
+            max_seq_len=256,
+        ),
+        data=DataConfig(seq_len=32, microbatch_size=4, source="fixed", validation_fraction=0.1),
+        training=TrainingConfig(steps=20),
+        optimizer=OptimizerConfig(lr=1e-2),
+        metrics=MetricsConfig(log_interval=5),
+        validation=ValidationConfig(interval=10),
+    )
+
+
+def _debugmodel(balancing: Balancing, *, microbatch_size: int = 4, domain_pure: bool = True) -> TrainConfig:
+    return TrainConfig(
+        model=DeepseekV3ModelConfig(
+            balancing=balancing,
+            dim=128,
+            num_layers=3,
+            hidden_dim=384,
+            expert_hidden_dim=96,
+            num_experts=16,
+            top_k=2,
+            num_groups=4,
+            num_limited_groups=2,
+            num_heads=4,
+            kv_lora_rank=64,
+            nope_head_dim=16,
+            rope_head_dim=16,
+            v_head_dim=32,
+            init_std=0.06,
+        ),
+        data=DataConfig(
+            seq_len=256,
+            microbatch_size=microbatch_size,
+            domain_pure=domain_pure,
+            max_validation_microbatches=64 // microbatch_size,
+        ),
+        training=TrainingConfig(steps=400, global_batch_size=16),
+        optimizer=OptimizerConfig(lr=3e-3),
+    )

@@ -1,0 +1,175 @@
+"""The configuration of a run: sections, each beside the class it configures, checked together here."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+from trimtab.train.checkpoint import CheckpointConfig
+from trimtab.train.compute import ActivationCheckpointConfig, CompileConfig, Device, Precision
+from trimtab.train.data import DataConfig
+from trimtab.train.evaluation import ValidationConfig
+from trimtab.train.logging import MetricsConfig
+from trimtab.train.model import ModelConfig
+from trimtab.train.optim import LRSchedulerConfig, OptimizerConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingConfig:
+    """The loop.
+
+    Args:
+        steps: optimiser steps.
+        global_batch_size: rows of ``data.seq_len`` tokens in an optimiser step, a multiple of
+            ``data.microbatch_size``: gradients are accumulated over the quotient. None: one microbatch.
+        max_norm: gradients are scaled down to this norm; None leaves them.
+        seed: of the initial weights and of everything random in the model. Data have their own.
+        device: "auto" takes the GPU where there is one.
+        mixed_precision: "bfloat16" computes the model's forward under autocast, with float32 weights,
+            routers and loss; "none" computes in float32.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    steps: int
+    global_batch_size: int | None = None
+    max_norm: float | None = 1.0
+    seed: int = 0
+    device: Device = "auto"
+    mixed_precision: Precision = "none"
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        if self.steps < 1:
+            raise ValueError(f"steps={self.steps} must be at least 1; raise training.steps")
+        if self.global_batch_size is not None and self.global_batch_size < 1:
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size} must be at least 1; raise training.global_batch_size"
+            )
+        if self.max_norm is not None and not self.max_norm > 0:
+            raise ValueError(
+                f"max_norm={self.max_norm} must be positive; raise training.max_norm, or set it to None"
+            )
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must be at least 0; raise training.seed")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """One training run.
+
+    Args:
+        model: the model and how its experts are balanced.
+        data: text, tokenizer, and the shape and order of microbatches.
+        training: the loop.
+        optimizer: AdamW.
+        lr_scheduler: warm-up, plateau and decay of the learning rate.
+        compile: torch.compile of decoder layers.
+        activation_checkpoint: what backward computes again.
+        checkpoint: saving and resuming.
+        metrics: logging.
+        validation: evaluation of held-out text.
+        dump_folder: folder that run directories are made in.
+        run_name: name of the run directory; None: module, config and time. A run with a name continues
+            when it is started again.
+
+    Raises:
+        ValueError: settings that contradict each other.
+    """
+
+    model: ModelConfig
+    data: DataConfig
+    training: TrainingConfig
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lr_scheduler: LRSchedulerConfig = field(default_factory=LRSchedulerConfig)
+    compile: CompileConfig = field(default_factory=CompileConfig)
+    activation_checkpoint: ActivationCheckpointConfig = field(default_factory=ActivationCheckpointConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    dump_folder: str = "runs"
+    run_name: str | None = None
+
+    def __post_init__(self) -> None:
+        """Validate what no section can see alone."""
+        global_size, micro_size = self.training.global_batch_size, self.data.microbatch_size
+        if global_size is not None and global_size % micro_size:
+            raise ValueError(
+                f"training.global_batch_size={global_size} must be a multiple of data.microbatch_size="
+                f"{micro_size}; change one of them"
+            )
+        if self.data.seq_len > self.model.max_seq_len:
+            raise ValueError(
+                f"data.seq_len={self.data.seq_len} is longer than model.max_seq_len={self.model.max_seq_len}; "
+                "lower data.seq_len or raise model.max_seq_len"
+            )
+        self.lr_scheduler.phases(self.training.steps)
+        self.model.balancing.check(
+            self.model.num_experts,
+            self.model.top_k,
+            grouped=self.model.grouped,
+            has_bias=self.model.has_expert_bias,
+            num_microbatches=self.num_microbatches,
+        )
+        if self.validation.enable and self.data.validation_fraction == 0:
+            raise ValueError(
+                "validation.enable is set, but data.validation_fraction=0 holds no text out; raise it, or give "
+                "--validation.no-enable"
+            )
+        if self.run_name is not None and not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", self.run_name):
+            raise ValueError(
+                f"run_name={self.run_name!r} must be a folder's name of letters, digits and ._+-; "
+                "set dump_folder for the place"
+            )
+        if not self.dump_folder:
+            raise ValueError("dump_folder='' names no folder; set it, for example to runs")
+
+    @property
+    def num_microbatches(self) -> int:
+        """Forwards of one optimiser step, M."""
+        return (self.training.global_batch_size or self.data.microbatch_size) // self.data.microbatch_size
+
+
+# What may differ between a run and its resumption: nothing here changes a parameter.
+_FREE = ("dump_folder", "run_name", "checkpoint", "metrics", "validation", "data.max_validation_microbatches")
+
+
+def to_dict(value: Any) -> Any:
+    """A configuration as JSON holds it; a section written as a subclass names it under ``kind``."""
+    if is_dataclass(value) and not isinstance(value, type):
+        named = {field.name: to_dict(getattr(value, field.name)) for field in fields(value)}
+        qualified = type(value).__qualname__
+        return {"kind": qualified.removesuffix(".Config"), **named} if "." in qualified else named
+    if isinstance(value, (list, tuple)):
+        return [to_dict(entry) for entry in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return repr(value)
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted names and values of a dictionary made by `to_dict`."""
+    if not isinstance(config, dict):
+        return {prefix: config}
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        flat |= flatten(value, f"{prefix}.{name}" if prefix else name)
+    return flat
+
+
+def differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """Settings that change a run and differ, as ``name (saved ..., now ...)``.
+
+    Args:
+        saved: configuration of the checkpoint, from `to_dict`.
+        current: configuration of this process, likewise.
+    """
+    old, new = flatten(saved), flatten(current)
+    changed = []
+    for name in sorted(old.keys() | new.keys()):
+        free = any(name == prefix or name.startswith(f"{prefix}.") for prefix in _FREE)
+        if not free and old.get(name) != new.get(name):
+            changed.append(f"{name} (saved {old.get(name)!r}, now {new.get(name)!r})")
+    return changed

@@ -1,0 +1,159 @@
+"""What a model family gives the trainer: sizes, a way to build the model, and how its experts are balanced.
+
+Legend: E experts, K top-k.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+import tyro
+from torch import nn
+
+from trimtab.bias import BiasRule
+from trimtab.losses import Objective
+from trimtab.scale import Accumulation, Order
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Balancing:
+    """How the experts of a model are balanced. Part of the model, written in Python, never a flag.
+
+    Args:
+        objectives: balance losses and z-loss, in any number.
+        bias: rule that moves expert biases after each step; None leaves them alone.
+        bias_decay: share of the run's steps, at its end, over which the rule's speed falls linearly to 0;
+            None keeps the schedule written in ``bias``.
+        order: how the microbatches of a step follow each other, as in `Accumulation`. "counting_pass" and
+            "forward_first" make counts of the whole step exact, at the cost of one more forward, or of
+            holding the activations of all microbatches.
+
+    Raises:
+        ValueError: no objective and no rule, an objective given twice, or a decay without a rule, outside
+            (0, 1], or beside a schedule.
+    """
+
+    objectives: tuple[Objective.Config, ...] = ()
+    bias: BiasRule.Config | None = None
+    bias_decay: float | None = None
+    order: Order = "alternating"
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        if not self.objectives and self.bias is None:
+            raise ValueError(
+                "Balancing() balances nothing; give objectives=(...) or bias=..., or a coefficient of 0 to "
+                "measure a loss without its gradient"
+            )
+        names = [objective.build().name for objective in self.objectives]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"objective {name!r} is given twice; add the coefficients into one")
+        Accumulation(order=self.order)
+        if self.bias_decay is None:
+            return
+        if self.bias is None:
+            raise ValueError(f"bias_decay={self.bias_decay} needs a rule to act on; give bias=... or drop it")
+        if not 0 < self.bias_decay <= 1:
+            raise ValueError(f"bias_decay={self.bias_decay} is a share of the run and must be in (0, 1]")
+        if len(self.bias.schedule) > 1:
+            raise ValueError(
+                f"bias_decay={self.bias_decay} and bias.schedule={self.bias.schedule} both set the speed; "
+                "keep one"
+            )
+
+    def bias_for(self, num_steps: int) -> BiasRule.Config | None:
+        """The rule with its speed scheduled for a run of ``num_steps`` steps."""
+        if self.bias is None or self.bias_decay is None:
+            return self.bias
+        start = min(num_steps - 1, round(num_steps * (1 - self.bias_decay)))
+        return replace(self.bias, schedule=((start, 1.0), (num_steps, 0.0)))
+
+    def check(
+        self, num_experts: int, top_k: int, *, grouped: bool, has_bias: bool, num_microbatches: int
+    ) -> None:
+        """Check that the balancing can be had on such routers and such a step.
+
+        Args:
+            num_experts: E.
+            top_k: K.
+            grouped: whether selection is limited to expert groups.
+            has_bias: whether the routers have an expert bias.
+            num_microbatches: forwards of one optimiser step.
+
+        Raises:
+            ValueError: it cannot; the message says which part and what to use instead.
+        """
+        accumulation = Accumulation(num_microbatches=num_microbatches, order=self.order)
+        try:
+            for objective in self.objectives:
+                objective.build().check(num_experts, top_k, accumulation)
+            if self.bias is not None:
+                if not has_bias:
+                    raise ValueError(
+                        f"bias={type(self.bias).__qualname__} needs routers with an expert bias, which this "
+                        "family lacks; use a balance loss"
+                    )
+                self.bias.build().check(num_experts, top_k, grouped)
+        except ValueError as error:
+            raise ValueError(f"model.balancing: {error}") from None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig(ABC):
+    """Base of a family's model configuration.
+
+    A family subclasses this in its own module under `trimtab.models`, with its sizes as further fields, and
+    writes functions that return a whole `TrainConfig`. Nothing else has to know of it.
+
+    Args:
+        balancing: how experts are balanced.
+        num_experts: E, routed experts of a layer.
+        top_k: K, experts of a token.
+        max_seq_len: longest row of tokens that the positions of the model cover.
+
+    Raises:
+        ValueError: sizes that are not positive, or K larger than E.
+    """
+
+    balancing: Annotated[Balancing, tyro.conf.Suppress]
+    num_experts: int
+    top_k: int
+    max_seq_len: int = 4096
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        for name in ("num_experts", "top_k", "max_seq_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1; raise model.{name}")
+        if self.top_k > self.num_experts:
+            raise ValueError(
+                f"top_k={self.top_k} must be in [1, num_experts={self.num_experts}]; lower model.top_k or "
+                "raise model.num_experts"
+            )
+
+    @property
+    def grouped(self) -> bool:
+        """Whether selection is limited to expert groups."""
+        return False
+
+    @property
+    def has_expert_bias(self) -> bool:
+        """Whether routers have a bias that only selection sees."""
+        return False
+
+    @abstractmethod
+    def build(self, *, vocab_size: int, seq_len: int) -> nn.Module:
+        """Build the model with initialised float32 parameters, in training mode.
+
+        Args:
+            vocab_size: rows of the embedding.
+            seq_len: S of the rows it will be trained on.
+
+        Returns:
+            A causal language model called as ``model(input_ids=..., position_ids=...)``, whose output has
+            ``logits`` of shape (B, S, vocab_size), and whose documents are told apart by position ids that
+            restart. Its routers can be found by `trimtab.attach`.
+        """
