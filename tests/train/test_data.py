@@ -128,18 +128,31 @@ def test_mixed_microbatches_hold_several_domains():
     assert all(len(next(data).domain_ids_BS.unique()) > 1 for _ in range(5))
 
 
-def test_domain_pure_reads_every_token_of_every_domain():
+def test_shuffled_rows_are_every_row_of_every_domain():
+    """Each cycle reads each domain's rows of that stretch of text once, in another order."""
     texts = {"a": "abcdefgh" * 3, "b": "ijklmnop" * 9}
     made = [Document(text=text, domain=d, name=d) for d, text in texts.items()]
     data = loader(tokenize(made, ByteTokenizer()), domain_pure=True, seq_len=4, microbatch_size=1)
-    seen = {0: [], 1: []}
-    for _ in range(3 * data.microbatches_per_epoch):
-        batch = next(data)
-        seen[int(batch.domain_ids_BS[0, 0])] += batch.input_ids_BS.flatten().tolist()
-    for i, text in enumerate(texts.values()):
-        stream = [*text.encode(), EOS] * 4
-        assert seen[i] == stream[: len(seen[i])]
-        assert len(seen[i]) > 2 * len(text)
+    streams = [[*text.encode(), EOS] * 4 for text in texts.values()]
+    moved = 0
+    for cycle in range(3):
+        seen = {0: [], 1: []}
+        for _ in range(data.microbatches_per_epoch):
+            batch = next(data)
+            seen[int(batch.domain_ids_BS[0, 0])].append(batch.input_ids_BS.flatten().tolist())
+        for i, stream in enumerate(streams):
+            n = len(seen[i])
+            rows = [stream[4 * r : 4 * r + 4] for r in range(cycle * n, (cycle + 1) * n)]
+            assert sorted(seen[i]) == sorted(rows)
+            moved += seen[i] != rows
+    assert moved >= 4
+
+
+def test_rows_of_a_microbatch_are_of_several_documents():
+    made = [Document(text=chr(97 + i) * 400, domain="d", name=str(i)) for i in range(12)]
+    data = loader(tokenize(made, ByteTokenizer()), seq_len=16, microbatch_size=8)
+    letters = [len(set(next(data).input_ids_BS[:, 0].tolist()) - {EOS}) for _ in range(20)]
+    assert sum(letters) / 20 > 4
 
 
 def test_without_shuffling_the_order_is_the_sources():

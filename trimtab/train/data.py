@@ -24,6 +24,7 @@ from trimtab.train.packing import (
     RowStream,
     TokenBatch,
     in_order,
+    join_rows,
     random_words,
     shuffled,
 )
@@ -33,7 +34,7 @@ from trimtab.train.tokenizer import Tokenizer, TokenizerConfig
 
 _STATE_VERSION = 1
 # First entry after the seed in every random key, so that two uses never share random words.
-_DOCUMENT_ORDER, _SCHEDULE = 0, 1
+_DOCUMENT_ORDER, _SCHEDULE, _ROW_ORDER = 0, 1, 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,6 +169,7 @@ class TokenLoader:
         self._num_tokens_per_domain = _tokens_per_domain(train)
         self._validation = validation
         self._num_read = 0
+        self._row_orders: dict[tuple[int, int], NDArray[np.int64]] = {}
         self._cycles: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
         if config.domain_pure and len(train.domains) == 1:
             warnings.warn(f"domain_pure has no effect: {train.domains[0]!r} is the only domain", stacklevel=3)
@@ -233,7 +235,24 @@ class TokenLoader:
         stream, number = self._locate(self._num_read * self._world_size + self._rank)
         self._num_read += 1
         B = self.config.microbatch_size
-        return self._streams[stream].read(number * B, B).to_batch(self.tokenizer.pad_id)
+        if not self.config.shuffle:
+            rows = self._streams[stream].read(number * B, B)
+        else:
+            cycle, place = divmod(number, int(self._per_cycle[stream]))
+            order = self._row_order(stream, cycle)
+            chosen = cycle * len(order) + order[place * B : (place + 1) * B]
+            rows = join_rows([self._streams[stream].read(int(row), 1) for row in chosen])
+        return rows.to_batch(self.tokenizer.pad_id)
+
+    def _row_order(self, stream: int, cycle: int) -> NDArray[np.int64]:
+        """Order in which a stream's rows of a cycle are read: neighbours are often of one document."""
+        key = (stream, cycle)
+        if key not in self._row_orders:
+            self._row_orders = {k: order for k, order in self._row_orders.items() if k[0] != stream}
+            num_rows = int(self._per_cycle[stream]) * self.config.microbatch_size
+            permute = shuffled(self.config.seed, _ROW_ORDER, stream)
+            self._row_orders[key] = permute(cycle, num_rows)
+        return self._row_orders[key]
 
     def validation_batches(self) -> Iterator[tuple[str, TokenBatch]]:
         """The held-out text, domain by domain: the same microbatches at every call.

@@ -9,7 +9,7 @@ positions count from 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
@@ -192,8 +192,8 @@ class PackedRows:
         if epoch not in self._layouts:
             order_D = self._permute(epoch, self._store.num_documents)
             ends_D = np.cumsum(self._store.lengths_D[order_D])
-            # A microbatch touches an epoch and perhaps the next one; more need not be kept.
-            self._layouts = {e: layout for e, layout in self._layouts.items() if e == epoch - 1}
+            # Rows are read in any order within about an epoch of text: it touches three epochs at most.
+            self._layouts = {e: layout for e, layout in self._layouts.items() if abs(e - epoch) <= 2}
             self._layouts[epoch] = (order_D, np.concatenate([[0], ends_D[:-1]]))
         return self._layouts[epoch]
 
@@ -245,7 +245,7 @@ class PaddedRows:
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
         if epoch not in self._orders:
-            self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1}
+            self._orders = {e: order for e, order in self._orders.items() if abs(e - epoch) <= 2}
             self._orders[epoch] = self._permute(epoch, len(self._document_C))
         return self._orders[epoch]
 
@@ -259,6 +259,15 @@ class PaddedRows:
             starts_BS=np.zeros_like(valid_BS),
             domain_ids_BS=np.where(valid_BS, domain_ids_B[:, None], -1),
         )
+
+
+def join_rows(parts: Sequence[Rows]) -> Rows:
+    """Rows under one another."""
+    return Rows(
+        ids_BS=np.concatenate([part.ids_BS for part in parts]),
+        starts_BS=np.concatenate([part.starts_BS for part in parts]),
+        domain_ids_BS=np.concatenate([part.domain_ids_BS for part in parts]),
+    )
 
 
 def shuffled(*key: int) -> Permute:
