@@ -155,6 +155,9 @@ def _run(
             gradient = _gate(balancer, index).grad
             grads.append(torch.zeros(()) if gradient is None else gradient.detach().double().clone())
         balancer.step()
+    except BaseException:
+        balancer.discard_step()
+        raise
     finally:
         for state, injects in zip(states, before, strict=True):
             state.injects = injects

@@ -6,6 +6,7 @@ Shapes: E experts, L MoE layers, B sequences, S length.
 import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -68,7 +69,8 @@ class Balancer:
         self.num_steps = 0
         self.bias_frozen = False
         self._snapshots: list[LayerSnapshot] = []
-        self._declared = DeclaredTotals()  # of the step that the snapshots are of
+        # Of the step that the snapshots are of.
+        self._declared, self._plan = DeclaredTotals(), accumulation
         self.model: nn.Module | None = None
         self._context_module: nn.Module | None = None
         self._context_hooks: list[Any] = []
@@ -93,8 +95,7 @@ class Balancer:
                 objective.check(router.num_experts, router.top_k, self.accumulation)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        plain = router.expert_bias is None and not router.grouped
-        row = self.ledger.new_row(name, router.num_experts, router.top_k, router.score, plain)
+        row = self.ledger.new_row(name, router.num_experts, router.top_k, router.score)
         layer = Layer(router, layer_bias(self.bias_rule, router))
         extra: dict[str, Any] = {}
         if layer.bias is not None and self.bias_rule is not None:
@@ -178,11 +179,11 @@ class Balancer:
             if value is not None and value < 0:
                 raise ValueError(f"{name}={value} must not be negative")
         if num_microbatches is not None:
+            plan = Accumulation(num_microbatches=num_microbatches, order=self.accumulation.order)
             for layer in self.layers:
                 for objective in self.objectives:
-                    step = Accumulation(num_microbatches=num_microbatches, order=self.accumulation.order)
-                    objective.check(layer.router.num_experts, layer.router.top_k, step)
-            self.ledger.num_microbatches = num_microbatches
+                    objective.check(layer.router.num_experts, layer.router.top_k, plan)
+            self.ledger.plan = plan
         self.ledger.declared = DeclaredTotals(num_tokens, num_sequences, num_documents)
 
     @contextlib.contextmanager
@@ -245,6 +246,9 @@ class Balancer:
         try:
             with torch.no_grad():
                 yield
+        except BaseException:
+            self.ledger.discard_step()
+            raise
         finally:
             self.ledger.counting = self.context.counting = False
 
@@ -303,10 +307,10 @@ class Balancer:
         if self.layers and not self._snapshots:
             warnings.warn(
                 "balancer.step() ends a step in which no training forward was counted; is the model in eval mode, "
-                "or is step() called twice?",
+                "is step() called twice, or did a compiled model run before attach()?",
                 stacklevel=3,
             )
-        self._declared = self.ledger.declared
+        self._declared, self._plan = self.ledger.declared, self.ledger.plan
         self.ledger.close_step()
         self.num_steps += 1
         self._arm()
@@ -319,7 +323,7 @@ class Balancer:
         self.ledger.measuring = self.measure_every > 0 and (self.num_steps + 1) % self.measure_every == 0
 
     def _snapshot(self, layer: Layer, row: Any, counts_E: Tensor, bias: Tensor | None) -> LayerSnapshot:
-        load_E = counts_E / counts_E.sum().clamp(min=1) * counts_E.numel()
+        load_E = counts_E.to(torch.float32) / counts_E.sum().clamp(min=1) * counts_E.numel()
         running_E = layer.running_load_E
         running_E = load_E if running_E is None else torch.lerp(load_E, running_E.to(load_E), RUNNING_DECAY)
         layer.running_load_E = running_E
@@ -363,7 +367,7 @@ class Balancer:
                         stacklevel=3,
                     )
                     return
-                if declared is None and low != high and not self.accumulation.counts_are_complete:
+                if declared is None and low != high and not self._plan.counts_are_complete:
                     warnings.warn(
                         f"microbatches of one step hold from {low} to {high} ({name}), and each was weighted as "
                         f"1/M of the step; call balancer.start_step({name}=...) for exact weights",
@@ -373,9 +377,29 @@ class Balancer:
 
     # ---------------------------------------------------------------- bias and state
 
-    def freeze_bias(self, frozen: bool = True) -> None:
-        """Stop (or resume) all bias updates; counting and losses go on."""
-        self.bias_frozen = frozen
+    def freeze_bias(self, frozen: bool = True, *, layers: Sequence[str] | None = None) -> None:
+        """Stop (or resume) bias updates; counting and losses go on.
+
+        Args:
+            frozen: whether biases stay as they are.
+            layers: name patterns of the routers meant, as in `fnmatch`; None for all, whatever was said of
+                single ones.
+
+        Raises:
+            ValueError: no balanced bias matches.
+        """
+        if layers is None:
+            self.bias_frozen = frozen
+            return
+        biases = [
+            layer.bias
+            for layer in self.layers
+            if layer.bias is not None and any(fnmatch(layer.router.canonical_name, p) for p in layers)
+        ]
+        if not biases:
+            raise ValueError(f"no router with bias balancing matches layers={tuple(layers)}")
+        for bias in biases:
+            bias.enabled = not frozen
 
     def state_dict(self) -> dict[str, Any]:
         """What a bitwise resumption needs beside the model: prior counts, momenta, running loads, step.
@@ -390,6 +414,7 @@ class Balancer:
         layers = {}
         for layer, row in zip(self.layers, self.ledger.rows, strict=True):
             layers[row.name] = {
+                "maps": [repr(count_map) for count_map in row.maps],
                 "prior_counts_AE": row.prior_counts_AE,
                 "prior_num_tokens": row.prior_num_tokens,
                 "prior_num_microbatches": row.prior_num_microbatches,
@@ -414,10 +439,12 @@ class Balancer:
         for layer, row in zip(self.layers, self.ledger.rows, strict=True):
             saved = state["layers"][row.name]
             counts_AE = saved["prior_counts_AE"]
-            if counts_AE is not None and tuple(counts_AE.shape) != (len(row.maps), row.num_experts):
+            maps = [repr(count_map) for count_map in row.maps]
+            num_experts = row.num_experts if counts_AE is None else counts_AE.shape[1]
+            if saved["maps"] != maps or num_experts != row.num_experts:
                 raise ValueError(
-                    f"{row.name}: saved counts have shape {tuple(counts_AE.shape)}, expected "
-                    f"{(len(row.maps), row.num_experts)}; the objectives or experts differ from the saved run"
+                    f"{row.name}: the saved counts are of {num_experts} experts and {saved['maps']}, expected "
+                    f"{row.num_experts} and {maps}; the objectives or experts differ from the saved run"
                 )
             row.prior_counts_AE, row.prior_num_tokens = counts_AE, saved["prior_num_tokens"]
             row.prior_num_microbatches = saved["prior_num_microbatches"]

@@ -125,7 +125,7 @@ class BiasRule(ABC):
             steps = [step for step, _ in self.schedule]
             if not steps or steps != sorted(set(steps)):
                 raise ValueError(f"schedule={self.schedule} must hold points of increasing step")
-            if any(factor < 0 for _, factor in self.schedule):
+            if not all(0 <= factor < float("inf") for _, factor in self.schedule):
                 raise ValueError(f"schedule={self.schedule} must not have negative factors")
 
         @abstractmethod
@@ -298,7 +298,7 @@ class Momentum(BiasRule):
         def __post_init__(self) -> None:
             """Validate."""
             BiasRule.Config.__post_init__(self)
-            if not self.kappa > 0:
+            if not 0 < self.kappa < float("inf"):
                 raise ValueError(f"kappa={self.kappa} must be positive")
             if not 0 <= self.beta < 1:
                 raise ValueError(f"beta={self.beta} must be in [0, 1)")

@@ -77,7 +77,8 @@ class DeviceCounts:
         if valid_mask_T is not None:
             reached_TD = reached_TD * valid_mask_T[:, None]
         if group_ids_T is None:
-            sums_GD = reached_TD.view(num_groups, -1, self.num_devices).sum(dim=1)
+            per_group = len(ids_TK) // max(num_groups, 1)
+            sums_GD = reached_TD.view(num_groups, per_group, self.num_devices).sum(dim=1)
         else:
             sums_GD = ids_TK.new_zeros(num_groups, self.num_devices).index_add_(0, group_ids_T, reached_TD)
         return sums_GD.repeat_interleave(experts_per_device, dim=1)
@@ -131,7 +132,8 @@ def sum_groups(values_TE: Tensor, group_ids_T: Tensor | None, num_groups: int) -
     if values_TE.dtype in (torch.float16, torch.bfloat16):
         values_TE = values_TE.float()
     if group_ids_T is None:
-        return values_TE.view(num_groups, -1, values_TE.shape[1]).sum(dim=1)
+        per_group = values_TE.shape[0] // max(num_groups, 1)
+        return values_TE.view(num_groups, per_group, values_TE.shape[1]).sum(dim=1)
     return values_TE.new_zeros(num_groups, values_TE.shape[1]).index_add_(0, group_ids_T, values_TE)
 
 

@@ -11,7 +11,9 @@ one graph for all layers, and copies or pickles of the model carry their own sta
 """
 
 import copy
+import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 from trimtab import ops
 from trimtab.injection import Injection
 from trimtab.ledger import Ledger
-from trimtab.microbatch import Boundary, Context, describe, read_call
+from trimtab.microbatch import Context, Microbatch, describe, read_call
 from trimtab.scores import ScoreName
 
 ROUTER_STATE = "_trimtab_router"
@@ -78,7 +80,7 @@ class RouterState:
         self.bias_path = bias_path
         self.num_maps = len(ledger.rows[row].maps)
         self.injects = bool(ledger.objectives)
-        self.has_z = any(o.name == "z" for o in ledger.objectives)
+        self.has_z = any(o.reads_logits for o in ledger.objectives)
         self.needs_prob_sums = any(o.needs_prob_sums for o in ledger.objectives)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -110,7 +112,11 @@ def after_router(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     logits_TE, weights, ids_TK = state.unpack(output, state.top_k)
     logits_TE, ids_TK = logits_TE.reshape(-1, logits_TE.shape[-1]), ids_TK.reshape(-1, ids_TK.shape[-1])
     microbatch = state.context.current
-    if microbatch is None:
+    # Between forwards only a recomputation belongs to the last microbatch. (A compiled layer cannot ask.)
+    called_alone = not (
+        torch.compiler.is_compiling() or state.context.running or torch._C._current_graph_task_id() != -1
+    )
+    if microbatch is None or called_alone:
         # The router is called by itself, outside the model: its input is all there is to know.
         batch_shape = (
             (gate_input.shape[0], gate_input.shape[1]) if gate_input.dim() == 3 else (1, ids_TK.shape[0])
@@ -121,9 +127,9 @@ def after_router(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
             batch_shape=batch_shape,
             device=ids_TK.device,
         )
-    # The last microbatch stays known after the model's forward; a layer called alone in eval is not of it.
-    if not microbatch.active or not (module.training or state.context.counting):
+    if not microbatch.active:
         return None
+    microbatch = microbatch.to(ids_TK.device)
     # A compiled layer takes integers that it finds on modules for constants: one graph for every size.
     if not torch.compiler.is_compiling() and microbatch.num_rows != ids_TK.shape[0]:
         raise ValueError(
@@ -149,7 +155,6 @@ def after_router(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         microbatch.sequence_of_group_G,
         num_sequences,
         state.num_maps,
-        microbatch.active,
     )
     if not (state.injects and logits_TE.requires_grad):
         return state.repack(output, weights + zero.to(weights.dtype))
@@ -189,33 +194,41 @@ def before_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     """Describe the microbatch that the model is called with."""
     context: Context = getattr(module, MODEL_STATE)
     if context.explicit is not None:
-        explicit = context.explicit
-        explicit.active = context.counting or (torch.is_grad_enabled() and module.training)
-        context.current = explicit
+        active = context.counting or (torch.is_grad_enabled() and module.training)
+        context.current = context.explicit.with_active(active)
     else:
         context.current = read_call(context, module, args, kwargs)
+    context.running = True
 
 
-def after_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+def after_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """Mark the output with its microbatch. Inside one compiled graph nothing needs the mark."""
     context: Context = getattr(module, MODEL_STATE)
+    context.running = False
     microbatch = context.current
-    if torch.compiler.is_compiling() or microbatch is None or not microbatch.active:
-        return None
-    return _mark(output, context)
+    if not torch.compiler.is_compiling() and microbatch is not None and microbatch.active:
+        _mark(output, partial(_make_current, context, microbatch))
 
 
-def _mark(output: Any, context: Context) -> Any:
+def _make_current(context: Context, microbatch: Microbatch, grad: Tensor) -> None:
+    context.current = microbatch
+
+
+def _mark(output: Any, hook: Callable[[Tensor], None]) -> None:
+    """Run ``hook`` when backward reaches any tensor of an output, at any depth.
+
+    Checkpointed layers run their forward once more in backward, when a later microbatch may have replaced
+    the masks and groups that their routers read.
+    """
     if isinstance(output, Tensor):
-        return Boundary.apply(output, context, context.current) if output.requires_grad else output
-    if isinstance(output, tuple) and hasattr(output, "_fields"):
-        return type(output)(*(_mark(value, context) for value in output))
-    if isinstance(output, (tuple, list)):
-        return type(output)(_mark(value, context) for value in output)
-    if isinstance(output, dict):
-        # In place: subclasses such as transformers' ModelOutput keep attributes and items in step.
-        for key, value in list(output.items()):
-            if isinstance(value, Tensor):
-                output[key] = _mark(value, context)
-        return output
-    return output
+        if output.requires_grad:
+            output.register_hook(hook)
+    elif isinstance(output, (tuple, list)):
+        for value in output:
+            _mark(value, hook)
+    elif isinstance(output, dict):
+        for value in output.values():
+            _mark(value, hook)
+    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
+        for field in dataclasses.fields(output):
+            _mark(getattr(output, field.name), hook)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from trimtab import ops
 from trimtab.counts import sum_groups
@@ -43,7 +44,7 @@ def logit_gradient(
     if num_groups == 1:
         target_TE = target_GE
     elif group_ids_T is None:
-        target_TE = target_GE.repeat_interleave(logits_TE.shape[0] // num_groups, dim=0)
+        target_TE = target_GE.repeat_interleave(logits_TE.shape[0] // max(num_groups, 1), dim=0)
     else:
         target_TE = target_GE.index_select(0, group_ids_T)
     # p (target - sum_j target_j p_j) is what softmax does in its own backward.
@@ -126,6 +127,7 @@ class Injection(torch.autograd.Function):
         return weights + zero.to(weights.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_weights: Tensor) -> tuple[Tensor | None, ...]:
         """Pass the gradient of the weights, and give the logits theirs."""
         (
@@ -160,7 +162,7 @@ class Injection(torch.autograd.Function):
             sequence_of_group_G,
             ctx.num_sequences,
             prob_sums_GE,
-            logits_TE.dtype == torch.float64,
+            dtype,
         )
         grad_TE = logit_gradient(
             logits_TE,

@@ -11,23 +11,15 @@ import itertools
 import warnings
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trimtab.counts import (
-    CountMap,
-    CountsMode,
-    ExecutedCounts,
-    Reading,
-    StepTotals,
-    UnbiasedCounts,
-    load_fraction,
-    sum_groups,
-)
+from trimtab.counts import CountMap, CountsMode, ExecutedCounts, Reading, StepTotals, sum_groups
 from trimtab.objective import Objective
+from trimtab.row import Measurement, Row, batch_sizes
 from trimtab.scale import Accumulation, GradReduction
 from trimtab.scores import ScoreName, compute_dtype, log_scores
 
@@ -46,110 +38,6 @@ def ledger_of(handle: Tensor) -> "tuple[Ledger, int]":
             "backward has run"
         )
     return ledger, row
-
-
-def batch_sizes(num_tokens_G: Tensor, sequence_of_group_G: Tensor | None, num_sequences: int) -> Tensor:
-    """(3,) int64 valid tokens, and sequences and documents that have one."""
-    documents_G = num_tokens_G > 0
-    sequences_B = documents_G
-    if sequence_of_group_G is not None:
-        tokens_B = num_tokens_G.new_zeros(num_sequences)
-        sequences_B = tokens_B.index_add_(0, sequence_of_group_G, num_tokens_G) > 0
-    return torch.stack([num_tokens_G.sum().to(torch.int64), sequences_B.sum(), documents_G.sum()])
-
-
-@dataclass(slots=True)
-class Measurement:
-    """Sums for logging over the microbatches of one step, filled only when the ledger measures."""
-
-    prob_sums_E: Tensor
-    squared_lse_sum: Tensor
-    entropy_sum: Tensor
-    logit_max: Tensor
-    num_tokens: Tensor
-    losses: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class Row:
-    """Counts of one MoE layer.
-
-    Args:
-        name: qualified module name of the router.
-        num_experts: E.
-        top_k: K.
-        score: score function.
-        selection_is_plain: the executed routing is the top-k of the raw scores.
-        maps: count maps that somebody reads; the first is always the executed assignments.
-    """
-
-    name: str
-    num_experts: int
-    top_k: int
-    score: ScoreName
-    selection_is_plain: bool
-    maps: tuple[CountMap, ...]
-    statistic: Any = None  # bias.Statistic of the quantile rule, if any
-    counts_AE: Tensor | None = None
-    sizes: Tensor | None = None  # (3,) int64: valid tokens, sequences and documents so far
-    num_counted: int = 0  # microbatches in the counts
-    num_forwards: int = 0  # microbatches whose training forward ran
-    sizes_min: Tensor | None = None  # of one microbatch
-    sizes_max: Tensor | None = None
-    prior_counts_AE: Tensor | None = None
-    prior_num_tokens: Tensor | None = None
-    prior_num_microbatches: int = 0
-    used_min_AE: Tensor | None = None
-    used_max_AE: Tensor | None = None
-    measurement: Measurement | None = None
-
-    def add(self, counts_AGE: Tensor, sizes: Tensor) -> None:
-        """Add one microbatch: its counts, and its valid tokens, sequences and documents."""
-        counts_AE = counts_AGE.sum(dim=1)
-        if self.counts_AE is None or self.sizes is None:
-            self.counts_AE, self.sizes = counts_AE, sizes
-            self.sizes_min = self.sizes_max = sizes
-        else:
-            assert self.sizes_min is not None
-            assert self.sizes_max is not None
-            self.counts_AE = self.counts_AE + counts_AE
-            self.sizes = self.sizes + sizes
-            self.sizes_min = torch.minimum(self.sizes_min, sizes)
-            self.sizes_max = torch.maximum(self.sizes_max, sizes)
-        self.num_counted += 1
-
-    @property
-    def num_tokens(self) -> Tensor | None:
-        """() valid tokens so far."""
-        return None if self.sizes is None else self.sizes[0]
-
-    def load(self, counts_AE: Tensor, num_tokens: Tensor) -> Tensor:
-        """(A, E) load fractions for comparison; device maps keep this same unit."""
-        return load_fraction(counts_AE, num_tokens, self.top_k)
-
-    def note_used(self, load_AE: Tensor) -> None:
-        """Remember the range of load fractions that backward used; repeating it changes nothing."""
-        if self.used_min_AE is None or self.used_max_AE is None:
-            self.used_min_AE = self.used_max_AE = load_AE
-        else:
-            self.used_min_AE = torch.minimum(self.used_min_AE, load_AE)
-            self.used_max_AE = torch.maximum(self.used_max_AE, load_AE)
-
-    def close(self) -> None:
-        """Turn this step's counts into the prior and start from zero."""
-        if self.counts_AE is not None:
-            self.prior_counts_AE, self.prior_num_tokens = self.counts_AE, self.num_tokens
-            self.prior_num_microbatches = self.num_counted
-        self.clear()
-
-    def clear(self) -> None:
-        """Start from zero."""
-        self.counts_AE = self.sizes = self.sizes_min = self.sizes_max = None
-        self.num_counted = self.num_forwards = 0
-        self.used_min_AE = self.used_max_AE = None
-        self.measurement = None
-        if self.statistic is not None:
-            self.statistic.clear()
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,12 +65,17 @@ class Ledger:
         self.accumulation = accumulation
         self.reduction = reduction
         self.rows: list[Row] = []
-        self.num_microbatches = accumulation.num_microbatches
+        self.plan = accumulation  # of the current step
         self.declared = DeclaredTotals()
         self.loss_scale: Tensor | None = None  # what the trainer multiplied the followed loss by
         self.counting = False  # inside a counting pass
         self.measuring = False
         self._register()
+
+    @property
+    def num_microbatches(self) -> int:
+        """M of the current step."""
+        return self.plan.num_microbatches
 
     def _register(self) -> None:
         self.id = next(_next_id)
@@ -197,14 +90,12 @@ class Ledger:
         self.__dict__.update(state)
         self._register()
 
-    def new_row(
-        self, name: str, num_experts: int, top_k: int, score: ScoreName, selection_is_plain: bool
-    ) -> int:
+    def new_row(self, name: str, num_experts: int, top_k: int, score: ScoreName) -> int:
         """Open a row for one layer and return its index."""
         maps: list[CountMap] = [ExecutedCounts()]
         maps += [m for o in self.objectives for m in o.maps]
         unique = tuple(dict.fromkeys(maps))
-        self.rows.append(Row(name, num_experts, top_k, score, selection_is_plain, unique))
+        self.rows.append(Row(name, num_experts, top_k, score, unique))
         return len(self.rows) - 1
 
     def handle(self, row: int) -> Tensor:
@@ -224,19 +115,21 @@ class Ledger:
         num_tokens_G: Tensor,
         sequence_of_group_G: Tensor | None,
         num_sequences: int,
-        active: bool,
     ) -> Tensor:
-        """Counts of one microbatch, (A, G, E) int64, added to the row unless this is a recomputation."""
+        """Counts of one microbatch, (A, G, E) int64, added to the row unless this is a recomputation.
+
+        Raises:
+            RuntimeError: the step has had all its microbatches.
+        """
         row = self.rows[row_index]
         counts_AGE = self._count(row, logits_TE, ids_TK, group_ids_T, valid_mask_T, len(num_tokens_G))
         # Inside a backward pass this forward is a recomputation: its tokens are counted already.
-        recomputing = torch._C._current_graph_task_id() != -1
-        if not active or recomputing:
+        if torch._C._current_graph_task_id() != -1:
             return counts_AGE
         self._check_room(row)
         if not self.counting:
             row.num_forwards += 1
-        counted_ahead = self.accumulation.order == "counting_pass" and not self.counting
+        counted_ahead = self.plan.order == "counting_pass" and not self.counting
         if not counted_ahead:
             row.add(counts_AGE, batch_sizes(num_tokens_G, sequence_of_group_G, num_sequences))
             if row.statistic is not None:
@@ -257,9 +150,10 @@ class Ledger:
         which = "counting" if self.counting else "training"
         raise RuntimeError(
             f"{row.name}: {which} forward {self.num_microbatches + 1} of a step of "
-            f"num_microbatches={self.num_microbatches}; call balancer.step() after each optimiser step. If the "
-            "step holds more forwards, attach with accumulation=M, or call "
-            "balancer.start_step(num_microbatches=M) before it"
+            f"num_microbatches={self.num_microbatches}; call balancer.step() after each optimiser step, or "
+            "balancer.discard_step() after one that was broken off. If the step holds more forwards, attach with "
+            "accumulation=M, or call balancer.start_step(num_microbatches=M) before it. A router that runs more "
+            "than once in a forward is not served"
         )
 
     def _count(
@@ -273,10 +167,7 @@ class Ledger:
     ) -> Tensor:
         counted: list[Tensor] = []
         for count_map in row.maps:
-            if isinstance(count_map, UnbiasedCounts) and row.selection_is_plain:
-                counted.append(counted[0])
-            else:
-                counted.append(count_map(ids_TK, logits_TE, group_ids_T, valid_mask_T, num_groups))
+            counted.append(count_map(ids_TK, logits_TE, group_ids_T, valid_mask_T, num_groups))
         return counted[0][None] if len(counted) == 1 else torch.stack(counted)
 
     def _measure(
@@ -289,9 +180,8 @@ class Ledger:
     ) -> None:
         dtype = compute_dtype(logits_TE.dtype)
         logits_TE = logits_TE.to(dtype)
-        log_probs_TE = log_scores(logits_TE, row.score).log_softmax(dim=-1)
-        probs_TE = log_probs_TE.exp()
-        entropy_T = -(probs_TE * log_probs_TE).sum(dim=-1)
+        probs_TE = log_scores(logits_TE, row.score).softmax(dim=-1)
+        entropy_T = torch.special.entr(probs_TE).sum(dim=-1)
         squared_lse_T = logits_TE.logsumexp(dim=-1) ** 2
         max_T = logits_TE.amax(dim=-1) if len(logits_TE) else logits_TE.new_full((1,), -torch.inf)
         if valid_mask_T is not None:
@@ -333,9 +223,21 @@ class Ledger:
         num_sequences: int,
         prob_sums_GE: Tensor | None,
         dtype: torch.dtype,
+        half: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Targets of all objectives (G, E) and the z-loss weight (), with the gradient scale in them."""
+        """Targets of all objectives (G, E) and the z-loss weight (), with the gradient scale in them.
+
+        Raises:
+            RuntimeError: the step does not run in the declared order, or float16 logits would lose gradients
+                because no loss scale is known.
+        """
         row = self.rows[row_index]
+        self._check_order(row)
+        if half and self.loss_scale is None:
+            raise RuntimeError(
+                f"{row.name}: the logits are float16, in which gradients of balance losses vanish unless they "
+                "follow a loss scale; use balancer.follow(loss) with a gradient scaler, or bfloat16"
+            )
         reading = self._reading(
             row, counts_AGE, num_tokens_G, sequence_of_group_G, num_sequences, prob_sums_GE, dtype
         )
@@ -388,7 +290,7 @@ class Ledger:
     ) -> StepTotals:
         """Totals as declared, else R times those counted, where counting is complete, else M R times these."""
         num_ranks = self.reduction.num_ranks
-        if self.accumulation.counts_are_complete and row.sizes is not None:
+        if self.plan.counts_are_complete and row.sizes is not None:
             sizes = row.sizes * num_ranks
         else:
             sizes = batch_sizes(num_tokens_G, sequence_of_group_G, num_sequences)
@@ -401,25 +303,31 @@ class Ledger:
         )
         return StepTotals(tokens, sequences, documents, self.num_microbatches * num_ranks)
 
+    def _check_order(self, row: Row) -> None:
+        """Raise if counts that were to be complete by now are not: weights and counts would be wrong."""
+        plan = self.plan
+        promised = plan.order == "counting_pass" or (
+            plan.order == "forward_first" and plan.num_microbatches > 1
+        )
+        if promised and row.num_counted < plan.num_microbatches:
+            raise RuntimeError(
+                f"{row.name}: backward started after {row.num_counted} of {plan.num_microbatches} microbatches "
+                f"were counted, but order={plan.order!r} was declared; run all forwards first, or the counting "
+                "pass, or declare order='alternating'"
+            )
+
     def _step_counts(self, row: Row, mode: CountsMode, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         if row.counts_AE is None or row.num_tokens is None:
             raise RuntimeError(
                 f"{row.name}: backward runs but no forward of this step was counted; call balancer.step() "
-                "after the optimiser step, not between forward and backward, and run the counting pass if "
-                "one was declared"
+                "after the optimiser step, not between forward and backward"
             )
         missing = self.num_microbatches - row.num_counted
         prior_counts_AE, prior_num_tokens = row.prior_counts_AE, row.prior_num_tokens
-        if mode == "exact" and missing > 0:
-            raise RuntimeError(
-                f"{row.name}: counts='exact', but backward started after {row.num_counted} of "
-                f"{self.num_microbatches} microbatches were counted; run the step in the declared order "
-                f"{self.accumulation.order!r}, or use counts='prior'"
-            )
         counts_AE, num_tokens = row.counts_AE.to(dtype), row.num_tokens.to(dtype)
         if prior_counts_AE is None or prior_num_tokens is None:
             return counts_AE, num_tokens
-        prior_counts_AE, prior_num_tokens = prior_counts_AE.to(dtype), prior_num_tokens.to(dtype)
+        prior_counts_AE, prior_num_tokens = prior_counts_AE.to(counts_AE), prior_num_tokens.to(num_tokens)
         if mode == "previous":
             return prior_counts_AE, prior_num_tokens
         if mode == "prior" and missing > 0:
@@ -434,7 +342,10 @@ class Ledger:
         if row.measurement is None or row.counts_AE is None or row.num_tokens is None:
             return {}
         sums = row.measurement
-        losses = {name: numerator / denominator for name, (numerator, denominator) in sums.losses.items()}
+        losses = {
+            name: numerator / denominator.clamp(min=1)
+            for name, (numerator, denominator) in sums.losses.items()
+        }
         dtype = sums.prob_sums_E.dtype
         counts_AE, num_tokens = row.counts_AE.to(dtype), row.num_tokens.to(dtype)
         for objective in self.objectives:
@@ -452,7 +363,7 @@ class Ledger:
                 numerator, denominator = objective.measure(
                     reading, sums.prob_sums_E[None], sums.squared_lse_sum
                 )
-                losses[objective.name] = numerator / denominator
+                losses[objective.name] = numerator / denominator.clamp(min=1)
         return losses
 
     def count_error(self, row: Row) -> Tensor | None:
@@ -483,5 +394,5 @@ class Ledger:
         for row in self.rows:
             row.clear()
         self.declared = DeclaredTotals()
-        self.num_microbatches = self.accumulation.num_microbatches
+        self.plan = self.accumulation
         self.loss_scale = None

@@ -321,6 +321,7 @@ class ZLoss(Objective):
 
     name: str = "z"
     scope: ClassVar[str] = "token"
+    reads_logits: ClassVar[bool] = True
 
     @dataclass(frozen=True, kw_only=True, slots=True)
     class Config(Objective.Config):

@@ -43,6 +43,36 @@ class Microbatch:
         self.valid_mask_T = valid_mask_T
         self.sequence_of_group_G = sequence_of_group_G
 
+    def with_active(self, active: bool) -> "Microbatch":
+        """The same tokens, counting or not."""
+        return Microbatch(
+            active,
+            self.num_tokens_G,
+            self.num_rows,
+            self.num_sequences,
+            self.group_ids_T,
+            self.valid_mask_T,
+            self.sequence_of_group_G,
+        )
+
+    def to(self, device: torch.device) -> "Microbatch":
+        """The same microbatch on a router's device."""
+        if self.num_tokens_G.device == device:
+            return self
+        group_ids_T, valid_mask_T, sequence_of_group_G = (
+            None if tensor is None else tensor.to(device)
+            for tensor in (self.group_ids_T, self.valid_mask_T, self.sequence_of_group_G)
+        )
+        return Microbatch(
+            self.active,
+            self.num_tokens_G.to(device),
+            self.num_rows,
+            self.num_sequences,
+            group_ids_T,
+            valid_mask_T,
+            sequence_of_group_G,
+        )
+
 
 class Context:
     """What the hooks of one model share.
@@ -54,6 +84,7 @@ class Context:
     def __init__(self, unit: Unit | None) -> None:
         self.unit = unit
         self.current: Microbatch | None = None
+        self.running = False  # inside the model's forward
         self.explicit: Microbatch | None = None  # given by the user for the forwards in a with block
         self.counting = False  # inside a counting pass, where gradients are off but tokens count
         self.argument_names: tuple[str, ...] = ()
@@ -118,7 +149,7 @@ def describe(
     if valid_mask_T is None:
         num_tokens_G = torch.full((num_groups,), num_rows // max(num_groups, 1), device=device)
     else:
-        num_tokens_G = valid_mask_T.view(num_groups, -1).sum(dim=1)
+        num_tokens_G = valid_mask_T.view(num_groups, num_rows // max(num_groups, 1)).sum(dim=1)
     return Microbatch(active, num_tokens_G, num_rows, num_sequences, None, valid_mask_T)
 
 
@@ -170,11 +201,14 @@ def read_call(context: Context, module: Any, args: tuple[Any, ...], kwargs: dict
             f"{type(module).__name__} was called without a tensor to read the batch shape from; call it inside "
             "balancer.microbatch(batch_shape=(B, S))"
         )
-    if given.get("input_ids") is not None or tokens.dim() >= 3:
+    # (B, S) token ids, whatever they are called, or (B, S, D) embeddings; (T, D) is one row.
+    if tokens.dim() >= 3 or (tokens.dim() == 2 and not tokens.is_floating_point()):
         batch_shape = (tokens.shape[0], tokens.shape[1])
     else:
         batch_shape = (1, tokens.shape[0])
     active = context.counting or (torch.is_grad_enabled() and module.training)
+    if not active:
+        return describe(None, active=False, batch_shape=batch_shape, device=tokens.device)
     if (
         active
         and context.stock_loss
@@ -183,7 +217,7 @@ def read_call(context: Context, module: Any, args: tuple[Any, ...], kwargs: dict
     ):
         warnings.warn(context.stock_loss, stacklevel=2)
         context.stock_loss = None
-    valid_mask = given.get("attention_mask") if active else None
+    valid_mask = given.get("attention_mask")
     if valid_mask is not None and not (isinstance(valid_mask, Tensor) and valid_mask.dim() == 2):
         form = tuple(valid_mask.shape) if isinstance(valid_mask, Tensor) else type(valid_mask).__name__
         raise ValueError(
@@ -193,33 +227,13 @@ def read_call(context: Context, module: Any, args: tuple[Any, ...], kwargs: dict
     cu_seqlens = given.get("cu_seq_lens_q")
     return describe(
         context.unit,
-        active=active,
+        active=True,
         batch_shape=batch_shape,
         device=tokens.device,
         valid_mask=valid_mask,
         cu_seqlens=cu_seqlens if cu_seqlens is not None else given.get("cu_seqlens"),
         position_ids=given.get("position_ids"),
     )
-
-
-class Boundary(torch.autograd.Function):
-    """Identity on a model's output; its backward makes that forward's microbatch current again.
-
-    Checkpointed layers run their forward once more in backward, when a later microbatch may have
-    replaced the masks and groups that their routers read.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, context: Context, microbatch: Microbatch | None) -> Tensor:
-        """Identity."""
-        ctx.context, ctx.microbatch = context, microbatch
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        """Identity, and the microbatch becomes current."""
-        ctx.context.current = ctx.microbatch
-        return grad, None, None
 
 
 class Follow(torch.autograd.Function):
@@ -229,7 +243,8 @@ class Follow(torch.autograd.Function):
     def forward(ctx: Any, loss: Tensor, context: Context, ledger: Any) -> Tensor:
         """Identity."""
         ctx.context, ctx.ledger, ctx.microbatch = context, ledger, context.current
-        return loss.view_as(loss)
+        # A copy and not a view: a loss may be divided in place.
+        return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

@@ -32,7 +32,8 @@ class Objective(ABC):
 
     name: str
     scope: ClassVar[str]
-    needs_prob_sums: ClassVar[bool] = False
+    needs_prob_sums: ClassVar[bool] = False  # `targets` reads sums of p of the same microbatch
+    reads_logits: ClassVar[bool] = False  # `z_weight` is not None
 
     @dataclass(frozen=True, kw_only=True, slots=True)
     class Config(ABC):
@@ -83,6 +84,7 @@ class Objective(ABC):
         """() gradient of ``coef`` times the loss with respect to sum_t lse_t^2; None if there is none."""
         return None
 
+    @abstractmethod
     def measure(
         self, reading: Reading, prob_sums_GE: Tensor, squared_lse_sum: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -93,7 +95,6 @@ class Objective(ABC):
             prob_sums_GE: (G, E) sums of p over valid tokens of each group.
             squared_lse_sum: () sum of lse^2 over valid tokens.
         """
-        raise NotImplementedError
 
 
 def assignment_map(assignments: Assignments) -> CountMap:

@@ -16,9 +16,13 @@ import torch
 from torch import Tensor
 
 from trimtab.ledger import ledger_of
+from trimtab.scores import compute_dtype
+
+# A CUDA graph would replay the kernels without the Python that counts and reads.
+_TAGS = (torch.Tag.cudagraph_unsafe,)
 
 
-@torch.library.custom_op("trimtab::observe", mutates_args=())
+@torch.library.custom_op("trimtab::observe", mutates_args=(), tags=_TAGS)
 def observe(
     handle: Tensor,
     logits_TE: Tensor,
@@ -30,7 +34,6 @@ def observe(
     sequence_of_group_G: Tensor | None,
     num_sequences: int,
     num_maps: int,
-    active: bool,
 ) -> tuple[Tensor, Tensor]:
     """Count one microbatch of one layer; (A, G, E) int64 and a () float32 zero. See `Ledger.observe`."""
     ledger, row = ledger_of(handle)
@@ -44,9 +47,8 @@ def observe(
         num_tokens_G,
         sequence_of_group_G,
         num_sequences,
-        active,
     )
-    return counts_AGE, torch.zeros((), device=counts_AGE.device)
+    return counts_AGE, torch.zeros((), dtype=torch.float32, device=counts_AGE.device)
 
 
 @observe.register_fake
@@ -61,13 +63,12 @@ def _(
     sequence_of_group_G: Tensor | None,
     num_sequences: int,
     num_maps: int,
-    active: bool,
 ) -> tuple[Tensor, Tensor]:
     counts_AGE = ids_TK.new_empty(num_maps, num_tokens_G.shape[0], logits_TE.shape[1])
     return counts_AGE, ids_TK.new_empty((), dtype=torch.float32)
 
 
-@torch.library.custom_op("trimtab::bind", mutates_args=())
+@torch.library.custom_op("trimtab::bind", mutates_args=(), tags=_TAGS)
 def bind(
     grad: Tensor,
     handle: Tensor,
@@ -76,12 +77,20 @@ def bind(
     sequence_of_group_G: Tensor | None,
     num_sequences: int,
     prob_sums_GE: Tensor | None,
-    double: bool,
+    logits_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Read the targets of one layer in backward; (G, E) and (). See `Ledger.bind`."""
     ledger, row = ledger_of(handle)
-    dtype = torch.float64 if double else torch.float32
-    return ledger.bind(row, counts_AGE, num_tokens_G, sequence_of_group_G, num_sequences, prob_sums_GE, dtype)
+    return ledger.bind(
+        row,
+        counts_AGE,
+        num_tokens_G,
+        sequence_of_group_G,
+        num_sequences,
+        prob_sums_GE,
+        compute_dtype(logits_dtype),
+        half=logits_dtype == torch.float16,
+    )
 
 
 @bind.register_fake
@@ -93,8 +102,8 @@ def _(
     sequence_of_group_G: Tensor | None,
     num_sequences: int,
     prob_sums_GE: Tensor | None,
-    double: bool,
+    logits_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    dtype = torch.float64 if double else torch.float32
+    dtype = compute_dtype(logits_dtype)
     target_GE = counts_AGE.new_empty(counts_AGE.shape[1], counts_AGE.shape[2], dtype=dtype)
     return target_GE, counts_AGE.new_empty((), dtype=dtype)

@@ -50,8 +50,8 @@ class GradReduction:
                 raise ValueError(f"{field}={value!r} must be 'sum' or 'mean'")
         if self.num_ranks < 1:
             raise ValueError(f"num_ranks={self.num_ranks} must be at least 1")
-        if not self.divisor > 0:
-            raise ValueError(f"divisor={self.divisor} must be positive")
+        if not 0 < self.divisor < float("inf"):
+            raise ValueError(f"divisor={self.divisor} must be positive and finite")
 
     @property
     def factor(self) -> float:

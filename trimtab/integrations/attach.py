@@ -68,6 +68,12 @@ def attach(
     """
     if keep not in ("input", "logits"):
         raise ValueError(f"keep={keep!r} must be 'input' or 'logits'")
+    if not isinstance(objectives, Sequence) or not all(isinstance(c, Objective.Config) for c in objectives):
+        raise ValueError(
+            f"objectives={objectives!r} must be a list of configs, as in [trimtab.SequenceWise.Config(coef=1e-4)]"
+        )
+    if not isinstance(accumulation, int | Accumulation):
+        raise ValueError(f"accumulation={accumulation!r} must be a number of microbatches or an Accumulation")
     built = [config.build() for config in objectives]
     rule = bias.build() if bias is not None else None
     _check_ranks(built, rule, reduction)
@@ -139,7 +145,7 @@ def _check_ranks(
 
 
 def _check_logits(router: FoundRouter, objectives: Sequence[Objective]) -> None:
-    if not router.family.exact_logits and any(objective.name == "z" for objective in objectives):
+    if not router.family.exact_logits and any(objective.reads_logits for objective in objectives):
         raise ValueError(
             f"{router.name} ({type(router.module).__name__}) returns probabilities, from which the logits' "
             "log-sum-exp is lost; leave ZLoss out for this model"

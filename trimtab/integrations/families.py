@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from trimtab.scores import SCORE_NAMES, ScoreName
@@ -59,7 +60,8 @@ def unpack_probabilities(output: Any, top_k: int) -> Unpacked:
     softmax(log p) = p, value and gradient, so balance losses are exact. The logits' common shift is lost:
     logsumexp is 0, and a z-loss on these logits is meaningless (`Family.exact_logits` is False).
     """
-    return output[0].log(), output[1], output[2]
+    # A probability that underflowed is the smallest there is: the gradient of log 0 would be NaN.
+    return output[0].clamp(min=torch.finfo(output[0].dtype).tiny).log(), output[1], output[2]
 
 
 # Selection limited to expert groups.
@@ -452,6 +454,7 @@ def _own_restriction(router: nn.Module) -> bool:
 
 def trimtab_family(router: nn.Module) -> Family:
     """The row of trimtab's own router, recognised by its package as well as its name."""
+    config = cast(Any, router.config)
     return Family(
         router_class="Router",
         model_types=("trimtab",),
@@ -459,8 +462,10 @@ def trimtab_family(router: nn.Module) -> Family:
         source="trimtab/router.py, Router",
         bias="bias",
         expert_bias="router.expert_bias_E",
-        bias_on_logits=bool(router.config.score_after_top_k),  # type: ignore[union-attr]
+        bias_on_logits=bool(config.score_after_top_k),
         grouped=_own_restriction,
+        # Input jitter happens inside the router, and without a dtype the gate's own casts are not known here.
+        linear_logits=bool(config.input_jitter == 0 and config.dtype is not None),
     )
 
 

@@ -88,7 +88,7 @@ def _random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
     if len(shape) >= 2:
         active = min(ACTIVE_DIM, shape[-1])
         std = LOGIT_STD / active**0.5
-        values = torch.randn((*shape[:-1], active), generator=generator, device="cpu")
+        values = torch.randn((*shape[:-1], active), generator=generator, dtype=torch.float32, device="cpu")
         fresh[..., :active] = values * std
     elif len(shape) == 1:
         fresh.uniform_(0.5, 1.5, generator=generator)
@@ -214,8 +214,8 @@ def run(
                 factor.fill_(1.0)
         bias_E = _set_bias(fresh, block, family, generator)
         active = min(ACTIVE_DIM, width)
-        input_TD = torch.zeros(NUM_TOKENS, width)
-        input_TD[:, :active] = torch.randn(NUM_TOKENS, active, generator=generator)
+        input_TD = torch.zeros(NUM_TOKENS, width, dtype=torch.float32)
+        input_TD[:, :active] = torch.randn(NUM_TOKENS, active, generator=generator, dtype=torch.float32)
         given = input_TD if family.input_ndim == 2 else input_TD.unflatten(0, (2, NUM_TOKENS // 2))
         # A clone: some routers scale their input in place.
         arguments = (given.clone(), bias_E) if family.bias_is_argument else (given.clone(),)
@@ -242,7 +242,7 @@ def _set_bias(
     if not isinstance(bias, Tensor):
         return None
     # Of the size of the gaps between scores, so that selection by scores alone would give other ids.
-    values_E = torch.randn(_full_shape(bias).numel(), generator=generator) * 0.2
+    values_E = torch.randn(_full_shape(bias).numel(), generator=generator, dtype=torch.float32) * 0.2
     if holder == "router":
         bias.copy_(values_E.view(bias.shape))
     return values_E

@@ -175,7 +175,7 @@ def _load_section(tables: dict[str, Any]) -> Section:
         section.charts = [
             Chart(
                 title="Load of every expert in every layer",
-                hint="An even, pale picture is good: 1.0 is an expert's fair share of tokens. Orange experts "
+                hint="An even, faint picture is good: 1.0 is an expert's fair share of tokens. Orange experts "
                 "get too many, blue ones too few, and the darkest get none.",
                 kind="frames",
                 data={"table": "load", "scale": "load"},
@@ -300,7 +300,8 @@ def _bias_section(log: RunLog, tables: dict[str, Any]) -> Section:
             Chart(
                 title="Bias of each expert over time, one layer",
                 hint="Green experts are pushed up because too few tokens chose them, purple ones are held "
-                "back; steady colours mean that the bias has settled.",
+                "back; steady colours mean that the bias has settled. Only differences between experts "
+                "count: a shift of all of them changes no choice.",
                 kind="experts",
                 data={"table": "bias", "scale": "bias"},
                 wide=True,
@@ -378,11 +379,16 @@ def _optimiser_section(log: RunLog) -> Section:
     speed = {"y": "tokens per second", "reference": 0, "format": "~s"}
     for key, title, hint, data in (
         ("lr", "Learning rate", "What the schedule asked for at each step.", {}),
-        ("grad_norm", "Gradient norm", "Steady is good; spikes often come before divergence.", {}),
+        (
+            "grad_norm",
+            "Gradient norm",
+            "Before clipping. Steady is good; spikes often come before divergence.",
+            {"reference": 0},
+        ),
         (
             "tokens_per_second",
             "Throughput",
-            "Flat is good; dips are checkpoints, validation or a slow loader.",
+            "Flat is good; validation and checkpoints are left out, so a dip is a slow step or a busy machine.",
             speed,
         ),
     ):

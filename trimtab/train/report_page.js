@@ -124,7 +124,7 @@
       const words = (text) => element("span", {}, text);
       legend.append(none, words("none"), words("¼×"), ramp, words("4× or more"));
     } else {
-      legend.append((-reach).toPrecision(2), ramp, "+" + reach.toPrecision(2));
+      legend.append("−" + reach.toPrecision(2), ramp, "+" + reach.toPrecision(2));
     }
     controls.append(legend);
   }
@@ -178,7 +178,7 @@
       const shade = line.style === "faint" ? series[color + 1] : series[++color % series.length];
       const dash = color >= series.length ? "dash" : "solid";
       if (line.style === "faint")
-        return curve(line.name, line.x, line.y, shade, { opacity: 0.4, line: { width: 1 }, mark: "band", mode: "lines" });
+        return curve(line.name, line.x, line.y, shade, { opacity: 0.4, line: { width: 1 }, mark: "faint", mode: "lines" });
       return curve(line.name, line.x, line.y, shade,
         { mark: dash === "dash" ? "dash" : undefined, line: { dash, color: shade, width: 2.5 }, ...(line.style === "points" ? { mode: "lines+markers" } : {}) });
     });
