@@ -70,7 +70,7 @@ class BalancerCallback(TrainerCallback):
         # Some trainers switch the model's own loss on after attach().
         if self.balancer.objectives and model is not None and (active := stock_aux_loss_active(model)):
             raise ValueError(active)
-        if state.global_step > 0:
+        if state is not None and state.global_step > 0:
             self._resume(args, state)
         # A run that was broken off, as when the Trainer looks for a batch size that fits, leaves half a step.
         self.balancer.discard_step()
