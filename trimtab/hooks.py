@@ -110,7 +110,10 @@ def after_router(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     state: RouterState = getattr(module, ROUTER_STATE)
     gate_input = args[0] if args else next(iter(kwargs.values()))
     logits_TE, weights, ids_TK = state.unpack(output, state.top_k)
-    logits_TE, ids_TK = logits_TE.reshape(-1, logits_TE.shape[-1]), ids_TK.reshape(-1, ids_TK.shape[-1])
+    if logits_TE.dim() != 2:
+        # Only where needed: gradients that meet at a view are added out of place.
+        logits_TE = logits_TE.reshape(-1, logits_TE.shape[-1])
+    ids_TK = ids_TK.reshape(-1, ids_TK.shape[-1])
     microbatch = state.context.current
     # Between forwards only a recomputation belongs to the last microbatch. (A compiled layer cannot ask.)
     called_alone = not (

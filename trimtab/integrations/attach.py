@@ -39,7 +39,8 @@ def attach(
     """Attach balancing to every router of a model; forward results do not change.
 
     Gradients of the objectives are added inside backward, so there is no loss to add, in any trainer.
-    After each optimiser step call `Balancer.step`.
+    After each optimiser step call `Balancer.step`. A model that has run compiled must be attached to before
+    its first compiled run, or after ``torch.compiler.reset()``: compiled graphs do not see later hooks.
 
     Args:
         model: a Hugging Face MoE model, a model of `trimtab.MoE` layers, or one wrapped by PEFT or
@@ -53,7 +54,8 @@ def attach(
             leaves that class alone.
         keep: what backward needs of a router: "input" computes the logits again from the gate's input,
             which is kept anyway, and holds no [T, E] tensor; "logits" keeps the logits, one [T, E] tensor
-            per layer, and saves one small matrix product. Gates that are not plain linear layers, and
+            per layer, and saves one matrix product of the gate, about a third of the gate's own cost
+            (`benchmarks/RESULTS.md`). Gates that are not plain linear layers, and
             gates that are frozen or run under autocast and so do not keep their input, keep their logits.
         measure_every: steps between measurements of loss values, router entropy and logits; 0 for never.
 
