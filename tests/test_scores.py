@@ -40,6 +40,20 @@ def test_gradcheck(name: str) -> None:
     ).requires_grad_()
     assert torch.autograd.gradcheck(lambda t: log_scores(t, name), (z,))
     assert torch.autograd.gradcheck(lambda t: scores(t, name), (z,), atol=1e-7)
+    assert torch.autograd.gradcheck(lambda t: probs(t, name), (z,), atol=1e-7)
+    low = (z.detach() - 60).requires_grad_()
+    assert torch.autograd.gradcheck(lambda t: probs(t, name), (low,), atol=1e-7)
+
+
+def test_sigmoid_probs_over_the_whole_range() -> None:
+    """Against the logarithmic form, with rows far above, around and far below zero, and with infinities."""
+    z = torch.randn(200, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 20
+    for offset in (-700.0, -60.0, 0.0, 60.0, 700.0):
+        want = log_scores(z + offset, "sigmoid").softmax(dim=-1)
+        torch.testing.assert_close(probs(z + offset, "sigmoid"), want, rtol=1e-11, atol=1e-300)
+    spread = torch.tensor([[-1e30, 0.0, 1e30, -torch.inf]])
+    torch.testing.assert_close(probs(spread, "sigmoid"), torch.tensor([[0.0, 1 / 3, 2 / 3, 0.0]]))
+    assert probs(torch.tensor([[torch.nan, 0.0]]), "sigmoid").isnan().all()
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "sqrt_softplus"])

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from trimtab import ops
 from trimtab.counts import sum_groups
-from trimtab.scores import ScoreName, compute_dtype, log_score_derivative, log_scores
+from trimtab.scores import ScoreName, compute_dtype, log_score_derivative, probs
 
 
 def logit_gradient(
@@ -147,7 +147,7 @@ class Injection(torch.autograd.Function):
             bias = None if gate_bias is None else gate_bias.to(dtype)
             logits_TE = F.linear(held.to(dtype), gate_weight.to(dtype), bias)
         logits_TE = logits_TE.to(compute_dtype(dtype))
-        probs_TE = log_scores(logits_TE, ctx.score).softmax(dim=-1)
+        probs_TE = probs(logits_TE, ctx.score)
         prob_sums_GE = None
         if ctx.needs_prob_sums:
             counted_TE = probs_TE

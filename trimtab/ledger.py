@@ -21,7 +21,7 @@ from trimtab.counts import CountMap, CountsMode, ExecutedCounts, Reading, StepTo
 from trimtab.objective import Objective
 from trimtab.row import Measurement, Row, batch_sizes
 from trimtab.scale import Accumulation, GradReduction
-from trimtab.scores import ScoreName, compute_dtype, log_scores
+from trimtab.scores import ScoreName, compute_dtype, probs
 
 # Operators receive numbers and tensors only; this is how they find their ledger.
 _ledgers: "weakref.WeakValueDictionary[int, Ledger]" = weakref.WeakValueDictionary()
@@ -180,7 +180,7 @@ class Ledger:
     ) -> None:
         dtype = compute_dtype(logits_TE.dtype)
         logits_TE = logits_TE.to(dtype)
-        probs_TE = log_scores(logits_TE, row.score).softmax(dim=-1)
+        probs_TE = probs(logits_TE, row.score)
         entropy_T = torch.special.entr(probs_TE).sum(dim=-1)
         squared_lse_T = logits_TE.logsumexp(dim=-1) ** 2
         max_T = logits_TE.amax(dim=-1) if len(logits_TE) else logits_TE.new_full((1,), -torch.inf)

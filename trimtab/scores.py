@@ -97,7 +97,14 @@ def probs(logits_TE: Tensor, name: ScoreName) -> Tensor:
 
     Source: DeepSeek-V3, arXiv:2412.19437, eq. 19 (without the selection bias).
     """
-    return log_scores(logits_TE, name).softmax(dim=-1)
+    if name != "sigmoid":
+        return log_scores(logits_TE, name).softmax(dim=-1)
+    # Below -36 sigmoid(z) is e^z to the last bit of float64: shifting a whole row up to there leaves p unchanged
+    # and keeps its sum away from zero, at half the time of softmax(logsigmoid(z)).
+    logits_TE = logits_TE.to(compute_dtype(logits_TE.dtype))
+    shift_T1 = (-36.0 - logits_TE.detach().amax(dim=-1, keepdim=True)).clamp(min=0)
+    scores_TE = (logits_TE + shift_T1).sigmoid()
+    return scores_TE / scores_TE.sum(dim=-1, keepdim=True)
 
 
 def log_score_derivative(logits_TE: Tensor, name: ScoreName) -> Tensor | None:
