@@ -257,7 +257,8 @@ class Balancer:
 
         Wrap the loss before the trainer scales it: ``scaler.scale(balancer.follow(loss) / M).backward()``.
         Whatever factor reaches the loss in backward (a `torch.amp.GradScaler`, the division by M) then
-        also reaches the injected gradients.
+        also reaches the injected gradients. Follow every microbatch's loss of a step, or none: a backward
+        that is not followed takes the factor seen last in the step.
 
         Args:
             loss: scalar loss of the microbatch.

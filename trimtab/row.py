@@ -87,7 +87,7 @@ class Row:
         return None if self.sizes is None else self.sizes[0]
 
     def load(self, counts_AE: Tensor, num_tokens: Tensor) -> Tensor:
-        """(A, E) load fractions for comparison; device maps keep this same unit."""
+        """(A, E) load fractions, to compare the counts that backward used with the final ones."""
         return load_fraction(counts_AE, num_tokens, self.top_k)
 
     def note_used(self, load_AE: Tensor) -> None:
