@@ -344,8 +344,8 @@ def test_infinite_logits_do_not_spoil_the_entropy() -> None:
     balancer = trimtab.attach(layer, [], measure_every=1)
     row, ledger = balancer.ledger.rows[0], balancer.ledger
     logits = torch.tensor([[0.0, 0.0, *[-torch.inf] * 4]])
-    ledger.observe(0, logits, torch.tensor([[0, 1]]), None, None, None, torch.tensor([1]), None, 0)
-    assert row.measurement.entropy_sum.item() == pytest.approx(0.6931472)
+    ledger.observe(0, 0, logits, torch.tensor([[0, 1]]), None, None, None, torch.tensor([1]), None, 0)
+    assert row.measured[0].entropy_sum.item() == pytest.approx(0.6931472)
 
 
 # ---------------------------------------------------------------- state

@@ -10,6 +10,7 @@ from trimtab.integrations.families import Family
 from trimtab.losses import BatchWise, GlobalBatch, ImportanceCV, SequenceWise, ZLoss
 from trimtab.moe import MoE
 from trimtab.objective import Objective
+from trimtab.ranks import TokenRanks
 from trimtab.router import Router
 from trimtab.scale import Accumulation, GradReduction
 
@@ -40,6 +41,7 @@ __all__ = [
     "SharedExperts",
     "Sign",
     "SwiGLU",
+    "TokenRanks",
     "ZLoss",
     "attach",
     "audit",

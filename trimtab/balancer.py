@@ -16,9 +16,11 @@ from trimtab.bias import BiasRule
 from trimtab.hooks import MODEL_STATE, ROUTER_STATE, RouterState, after_model, after_router, before_model
 from trimtab.layer import Layer, RouterView, check_bias_dtype, layer_bias
 from trimtab.ledger import DeclaredTotals, Ledger
+from trimtab.measure import StepNumbers
 from trimtab.metrics import RUNNING_DECAY, LayerSnapshot, summarize
 from trimtab.microbatch import Context, Follow, describe
 from trimtab.objective import Objective
+from trimtab.ranks import TokenRanks
 from trimtab.scale import Accumulation, GradReduction
 
 BALANCER = "_trimtab_balancer"
@@ -37,6 +39,7 @@ class Balancer:
         reduction: how the host trainer treats gradients.
         measure_every: steps between measurements of loss values, router entropy and logits; 0 for never.
             Load, MaxVio and bias are known every step at no cost.
+        ranks: process groups that counts are summed over; None for one rank.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class Balancer:
         accumulation: Accumulation,
         reduction: GradReduction,
         measure_every: int = 10,
+        ranks: TokenRanks | None = None,
     ) -> None:
         names = [objective.name for objective in objectives]
         repeated = {name for name in names if names.count(name) > 1}
@@ -64,7 +68,10 @@ class Balancer:
         self.context = Context(
             "document" if "document" in units else "sequence" if "sequence" in units else None
         )
-        self.ledger = Ledger(objectives, accumulation, reduction)
+        self.ranks = ranks or TokenRanks()
+        self.ledger = Ledger(objectives, accumulation, reduction, self.ranks)
+        if self.ledger.sums.is_needed:
+            self.context.ledger = self.ledger
         self.layers: list[Layer] = []
         self.num_steps = 0
         self.bias_frozen = False
@@ -194,6 +201,7 @@ class Balancer:
         valid_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         position_ids: Tensor | None = None,
+        tokens: Tensor | None = None,
     ) -> Iterator[None]:
         """Describe the tokens of the forward inside the block, where the model's arguments cannot.
 
@@ -202,6 +210,9 @@ class Balancer:
             valid_mask: (B, S), nonzero where a token counts; None for all.
             cu_seqlens: document offsets in the flattened tokens.
             position_ids: (B, S) positions that restart with each document.
+            tokens: (t,) int64 places in the flattened (B, S) batch of the tokens that this rank's routers see,
+                where sequences are divided over ranks (`TokenRanks.sequence`); everything else describes
+                the whole batch. None for all.
 
         Raises:
             ValueError: no shape, or shapes that disagree.
@@ -213,7 +224,7 @@ class Balancer:
         if device is None:
             device = next(self.layers[0].router.module.parameters()).device
         shape = batch_shape if batch_shape is not None else (known.shape[0], known.shape[1])  # type: ignore[union-attr]
-        self.context.explicit = describe(
+        described = describe(
             self.context.unit,
             active=True,
             batch_shape=shape,
@@ -222,6 +233,7 @@ class Balancer:
             cu_seqlens=cu_seqlens,
             position_ids=position_ids,
         )
+        self.context.explicit = described if tokens is None else described.take(tokens.to(device))
         try:
             yield
         finally:
@@ -284,11 +296,15 @@ class Balancer:
 
     @torch.no_grad()
     def step(self) -> None:
-        """End the optimiser step: move expert biases, keep what metrics need, start the next counts."""
+        """End the optimiser step: move expert biases, keep what metrics need, start the next counts.
+
+        With several ranks that share a step, all of them call it together.
+        """
         if self.model is None:
             raise RuntimeError("step() of a balancer that was removed; attach again to go on balancing")
         self._snapshots = []
-        for layer, row in zip(self.layers, self.ledger.rows, strict=True):
+        numbers = self.ledger.finish_step()
+        for layer, row, measured in zip(self.layers, self.ledger.rows, numbers, strict=True):
             if row.counts_AE is None or row.num_tokens is None:
                 continue
             counts_E = row.counts_AE[0]
@@ -304,7 +320,7 @@ class Balancer:
                 layer.router.add_to_expert_bias(change_E)
             elif row.statistic is not None:
                 row.statistic.clear()
-            self._snapshots.append(self._snapshot(layer, row, counts_E, bias))
+            self._snapshots.append(self._snapshot(layer, row, counts_E, bias, measured))
         if self.layers and not self._snapshots:
             warnings.warn(
                 "balancer.step() ends a step in which no training forward was counted; is the model in eval mode, "
@@ -323,21 +339,22 @@ class Balancer:
     def _arm(self) -> None:
         self.ledger.measuring = self.measure_every > 0 and (self.num_steps + 1) % self.measure_every == 0
 
-    def _snapshot(self, layer: Layer, row: Any, counts_E: Tensor, bias: Tensor | None) -> LayerSnapshot:
+    def _snapshot(
+        self, layer: Layer, row: Any, counts_E: Tensor, bias: Tensor | None, measured: StepNumbers
+    ) -> LayerSnapshot:
         load_E = counts_E.to(torch.float32) / counts_E.sum().clamp(min=1) * counts_E.numel()
         running_E = layer.running_load_E
         running_E = load_E if running_E is None else torch.lerp(load_E, running_E.to(load_E), RUNNING_DECAY)
         layer.running_load_E = running_E
-        sums = row.measurement
         return LayerSnapshot(
             name=row.name,
             counts_E=counts_E,
             sizes=row.sizes,
             running_load_E=running_E,
             sizes_range=(row.sizes_min, row.sizes_max),
-            losses=self.ledger.final_losses(row),
-            logit_max=None if sums is None else sums.logit_max,
-            router_entropy=None if sums is None else sums.entropy_sum / sums.num_tokens.clamp(min=1),
+            losses=measured.losses,
+            logit_max=measured.logit_max,
+            router_entropy=measured.router_entropy,
             count_error=self.ledger.count_error(row),
             bias_E=None if bias is None else bias.detach().clone(),
         )

@@ -86,6 +86,16 @@ class Statistic:
         reach = self.reach.to(torch.float64)
         return ((bin_E1 + fraction_E1) * (2 * reach / self.num_bins) - reach).squeeze(1)
 
+    def counts(self) -> Tensor:
+        """(E, N) int64 histogram of this rank's tokens, to be summed over ranks.
+
+        Raises:
+            RuntimeError: no token was counted.
+        """
+        if self.histogram_EN is None:
+            raise RuntimeError("the quantile rule has counted no token in this step")
+        return self.histogram_EN
+
     def clear(self) -> None:
         """Forget the step."""
         self.histogram_EN = self.reach = None

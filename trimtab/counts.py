@@ -162,13 +162,15 @@ class StepTotals:
         num_tokens: () valid tokens of the step, all microbatches and ranks.
         num_sequences: () sequences with at least one valid token.
         num_documents: () documents with at least one valid token.
-        num_microbatches: M times the number of ranks.
+        num_microbatches: M.
+        num_data_ranks: ranks that have microbatches of their own.
     """
 
     num_tokens: Tensor
     num_sequences: Tensor
     num_documents: Tensor
     num_microbatches: int
+    num_data_ranks: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +187,8 @@ class Reading:
         totals: normalisers of the step.
         step_counts: late-bound counts of the step, ``mode -> (counts_AE, num_tokens)``.
         prob_sums_GE: (G, E) sums of p over each group's valid tokens, where a loss asked for them.
+        all_ranks: (A, E) float counts and () float valid tokens of this microbatch on all ranks together;
+            None where this rank has all of it.
     """
 
     maps: tuple[CountMap, ...]
@@ -196,6 +200,7 @@ class Reading:
     totals: StepTotals
     step_counts: Callable[[CountsMode], tuple[Tensor, Tensor]]
     prob_sums_GE: Tensor | None = None
+    all_ranks: tuple[Tensor, Tensor] | None = None
 
     @property
     def num_experts(self) -> int:
@@ -207,9 +212,13 @@ class Reading:
         counts_GE = self.counts_AGE[self.maps.index(count_map)]
         return self.merge(counts_GE, unit), self.merge(self.num_tokens_G, unit)
 
-    def microbatch(self, count_map: CountMap) -> tuple[Tensor, Tensor]:
-        """Counts (E,) and valid tokens () of the whole microbatch."""
-        return self.counts_AGE[self.maps.index(count_map)].sum(dim=0), self.num_tokens_G.sum()
+    def microbatch(self, count_map: CountMap, *, local: bool = False) -> tuple[Tensor, Tensor]:
+        """Counts (E,) and valid tokens () of the microbatch on all ranks, or of one data rank's own."""
+        place = self.maps.index(count_map)
+        if self.all_ranks is None or local:
+            return self.counts_AGE[place].sum(dim=0), self.num_tokens_G.sum()
+        counts_AE, num_tokens = self.all_ranks
+        return counts_AE[place], num_tokens
 
     def step(self, count_map: CountMap, mode: CountsMode) -> tuple[Tensor, Tensor]:
         """Counts (E,) and valid tokens () of the step, as far as ``mode`` knows them."""

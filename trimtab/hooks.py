@@ -4,7 +4,8 @@ Shapes: T tokens, E experts, K top-k, B sequences, S length, D model width.
 
 Data flow of one training forward: the hook before the model describes the microbatch; the hook after
 each router counts its ids and wraps its weights in an `Injection`; the hook after the model marks the
-output, so that recomputation in backward sees the same microbatch again.
+output, so that recomputation in backward sees the same microbatch again, and starts the sums of its counts
+over ranks.
 
 Hooks are module-level functions and their state is an attribute of the module: torch.compile then makes
 one graph for all layers, and copies or pickles of the model carry their own state.
@@ -130,6 +131,7 @@ def after_router(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
             batch_shape=batch_shape,
             device=ids_TK.device,
         )
+        state.context.number(microbatch)
     if not microbatch.active:
         return None
     microbatch = microbatch.to(ids_TK.device)
@@ -149,6 +151,7 @@ def after_router(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         expert_bias_E = expert_bias_E.detach().reshape(-1)
     counts_AGE, zero = ops.observe(
         state.handle,
+        microbatch.ticket,
         logits_TE.detach(),
         ids_TK,
         expert_bias_E,
@@ -185,6 +188,7 @@ def after_router(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         microbatch.group_ids_T,
         microbatch.valid_mask_T,
         state.handle,
+        microbatch.ticket,
         num_sequences,
         state.score,
         state.has_z,
@@ -201,6 +205,7 @@ def before_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         context.current = context.explicit.with_active(active)
     else:
         context.current = read_call(context, module, args, kwargs)
+    context.number(context.current)
     context.running = True
 
 
@@ -210,6 +215,8 @@ def after_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     context.running = False
     microbatch = context.current
     if not torch.compiler.is_compiling() and microbatch is not None and microbatch.active:
+        if context.ledger is not None:
+            context.ledger.end_forward(int(microbatch.ticket))
         _mark(output, partial(_make_current, context, microbatch))
 
 

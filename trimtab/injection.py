@@ -81,6 +81,7 @@ class Injection(torch.autograd.Function):
         group_ids_T: (T,) group of each token, or None.
         valid_mask_T: (T,) bool, or None.
         handle: names the ledger row.
+        ticket: names the forward.
         num_sequences: B.
         score: score function.
         has_z: some objective is a z-loss.
@@ -102,6 +103,7 @@ class Injection(torch.autograd.Function):
         group_ids_T: Tensor | None,
         valid_mask_T: Tensor | None,
         handle: Tensor,
+        ticket: Tensor,
         num_sequences: int,
         score: ScoreName,
         has_z: bool,
@@ -119,6 +121,7 @@ class Injection(torch.autograd.Function):
             group_ids_T,
             valid_mask_T,
             handle,
+            ticket,
         )
         ctx.num_sequences, ctx.score = num_sequences, score
         ctx.has_z, ctx.needs_prob_sums = has_z, needs_prob_sums
@@ -140,6 +143,7 @@ class Injection(torch.autograd.Function):
             group_ids_T,
             valid_mask_T,
             handle,
+            ticket,
         ) = ctx.saved_tensors
         dtype = ctx.logits_dtype
         logits_TE = held
@@ -157,6 +161,7 @@ class Injection(torch.autograd.Function):
         target_GE, z_weight = ops.bind(
             grad_weights,
             handle,
+            ticket,
             counts_AGE,
             num_tokens_G,
             sequence_of_group_G,
@@ -173,4 +178,4 @@ class Injection(torch.autograd.Function):
             group_ids_T,
             valid_mask_T,
         )
-        return grad_weights, None, grad_TE.to(dtype), *([None] * 13)
+        return grad_weights, None, grad_TE.to(dtype), *([None] * 14)

@@ -17,11 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.counts import CountMap, CountsMode, ExecutedCounts, Reading, StepTotals, sum_groups
+from trimtab.counts import CountMap, CountsMode, ExecutedCounts, Reading, StepTotals
+from trimtab.measure import MeasuredForward, StepNumbers, finish, measure_forward
 from trimtab.objective import Objective
-from trimtab.row import Measurement, Row, batch_sizes
+from trimtab.ranks import TokenRanks
+from trimtab.reduction import CountReduction
+from trimtab.row import Row, batch_sizes
 from trimtab.scale import Accumulation, GradReduction
-from trimtab.scores import ScoreName, compute_dtype, probs
+from trimtab.scores import ScoreName
 
 # Operators receive numbers and tensors only; this is how they find their ledger.
 _ledgers: "weakref.WeakValueDictionary[int, Ledger]" = weakref.WeakValueDictionary()
@@ -56,14 +59,21 @@ class Ledger:
         objectives: what the counts are for.
         accumulation: how microbatches follow each other.
         reduction: how the host trainer treats gradients.
+        ranks: who holds which tokens.
     """
 
     def __init__(
-        self, objectives: Sequence[Objective], accumulation: Accumulation, reduction: GradReduction
+        self,
+        objectives: Sequence[Objective],
+        accumulation: Accumulation,
+        reduction: GradReduction,
+        ranks: TokenRanks,
     ) -> None:
         self.objectives = tuple(objectives)
         self.accumulation = accumulation
         self.reduction = reduction
+        self.ranks = ranks
+        self.sums = CountReduction(ranks, objectives)
         self.rows: list[Row] = []
         self.plan = accumulation  # of the current step
         self.declared = DeclaredTotals()
@@ -107,6 +117,7 @@ class Ledger:
     def observe(
         self,
         row_index: int,
+        ticket: int,
         logits_TE: Tensor,
         ids_TK: Tensor,
         expert_bias_E: Tensor | None,
@@ -127,25 +138,43 @@ class Ledger:
         if torch._C._current_graph_task_id() != -1:
             return counts_AGE
         self._check_room(row)
-        if not self.counting:
+        if self.counting:
+            row.num_counting += 1
+        else:
             row.num_forwards += 1
         counted_ahead = self.plan.order == "counting_pass" and not self.counting
+        sizes = batch_sizes(num_tokens_G, sequence_of_group_G, num_sequences)
+        if self.sums.is_needed:
+            self.sums.observe(ticket, row_index, counts_AGE, sizes, adds=not counted_ahead)
         if not counted_ahead:
-            row.add(counts_AGE, batch_sizes(num_tokens_G, sequence_of_group_G, num_sequences))
+            if not self.sums.sums_totals:
+                row.add(counts_AGE.sum(dim=1), sizes)
             if row.statistic is not None:
                 assert expert_bias_E is not None
                 row.statistic.add(logits_TE, row.score, row.top_k, expert_bias_E, valid_mask_T)
         if self.measuring and not self.counting:
-            dtype = compute_dtype(logits_TE.dtype)
-            reading = self._reading(
-                row, counts_AGE, num_tokens_G, sequence_of_group_G, num_sequences, None, dtype
+            row.measured.append(
+                measure_forward(
+                    ticket,
+                    logits_TE,
+                    row.score,
+                    group_ids_T,
+                    valid_mask_T,
+                    counts_AGE,
+                    num_tokens_G,
+                    sequence_of_group_G,
+                    num_sequences,
+                )
             )
-            self._measure(row, reading, logits_TE, group_ids_T, valid_mask_T)
         return counts_AGE
+
+    def end_forward(self, ticket: int) -> None:
+        """Start the sums over ranks of one forward's counts; all its layers have been observed."""
+        self.sums.start(ticket)
 
     def _check_room(self, row: Row) -> None:
         """Raise if the step has had all its microbatches: its counts and weights would be wrong."""
-        if (row.num_counted if self.counting else row.num_forwards) < self.num_microbatches:
+        if (row.num_counting if self.counting else row.num_forwards) < self.num_microbatches:
             return
         which = "counting" if self.counting else "training"
         raise RuntimeError(
@@ -170,53 +199,12 @@ class Ledger:
             counted.append(count_map(ids_TK, logits_TE, group_ids_T, valid_mask_T, num_groups))
         return counted[0][None] if len(counted) == 1 else torch.stack(counted)
 
-    def _measure(
-        self,
-        row: Row,
-        reading: Reading,
-        logits_TE: Tensor,
-        group_ids_T: Tensor | None,
-        valid_mask_T: Tensor | None,
-    ) -> None:
-        dtype = compute_dtype(logits_TE.dtype)
-        logits_TE = logits_TE.to(dtype)
-        probs_TE = probs(logits_TE, row.score)
-        entropy_T = torch.special.entr(probs_TE).sum(dim=-1)
-        squared_lse_T = logits_TE.logsumexp(dim=-1) ** 2
-        max_T = logits_TE.amax(dim=-1) if len(logits_TE) else logits_TE.new_full((1,), -torch.inf)
-        if valid_mask_T is not None:
-            probs_TE = probs_TE.masked_fill(~valid_mask_T[:, None], 0)
-            entropy_T = entropy_T.masked_fill(~valid_mask_T, 0)
-            squared_lse_T = squared_lse_T.masked_fill(~valid_mask_T, 0)
-            max_T = max_T.masked_fill(~valid_mask_T, -torch.inf) if len(valid_mask_T) else max_T
-        prob_sums_GE = sum_groups(probs_TE, group_ids_T, len(reading.num_tokens_G))
-        squared_lse_sum = squared_lse_T.sum()
-        sums = Measurement(
-            prob_sums_E=prob_sums_GE.sum(dim=0),
-            squared_lse_sum=squared_lse_sum,
-            entropy_sum=entropy_T.sum(),
-            logit_max=max_T.amax(),
-            num_tokens=reading.num_tokens_G.sum(),
-        )
-        for objective in self.objectives:
-            if objective.scope != "step":
-                sums.losses[objective.name] = objective.measure(reading, prob_sums_GE, squared_lse_sum)
-        before = row.measurement
-        if before is not None:
-            sums.prob_sums_E = before.prob_sums_E + sums.prob_sums_E
-            sums.squared_lse_sum = before.squared_lse_sum + sums.squared_lse_sum
-            sums.entropy_sum = before.entropy_sum + sums.entropy_sum
-            sums.logit_max = torch.maximum(before.logit_max, sums.logit_max)
-            sums.num_tokens = before.num_tokens + sums.num_tokens
-            for name, (numerator, denominator) in before.losses.items():
-                sums.losses[name] = (sums.losses[name][0] + numerator, sums.losses[name][1] + denominator)
-        row.measurement = sums
-
     # ---------------------------------------------------------------- backward: read
 
     def bind(
         self,
         row_index: int,
+        ticket: int,
         counts_AGE: Tensor,
         num_tokens_G: Tensor,
         sequence_of_group_G: Tensor | None,
@@ -232,6 +220,7 @@ class Ledger:
                 because no loss scale is known.
         """
         row = self.rows[row_index]
+        self.sums.settle(self.rows)
         self._check_order(row)
         if half and self.loss_scale is None:
             raise RuntimeError(
@@ -239,7 +228,14 @@ class Ledger:
                 "follow a loss scale; use balancer.follow(loss) with a gradient scaler, or bfloat16"
             )
         reading = self._reading(
-            row, counts_AGE, num_tokens_G, sequence_of_group_G, num_sequences, prob_sums_GE, dtype
+            row_index,
+            ticket,
+            counts_AGE,
+            num_tokens_G,
+            sequence_of_group_G,
+            num_sequences,
+            prob_sums_GE,
+            dtype,
         )
         target_GE = reading.num_tokens_G.new_zeros(len(num_tokens_G), row.num_experts)
         z_weight = reading.num_tokens_G.new_zeros(())
@@ -258,7 +254,8 @@ class Ledger:
 
     def _reading(
         self,
-        row: Row,
+        row_index: int,
+        ticket: int,
         counts_AGE: Tensor,
         num_tokens_G: Tensor,
         sequence_of_group_G: Tensor | None,
@@ -266,7 +263,11 @@ class Ledger:
         prob_sums_GE: Tensor | None,
         dtype: torch.dtype,
     ) -> Reading:
-        counts_AGE, num_tokens_G = counts_AGE.to(dtype), num_tokens_G.to(dtype)
+        row = self.rows[row_index]
+        counts_AGE = self.sums.groups(ticket, row_index, counts_AGE).to(dtype)
+        num_tokens_G = num_tokens_G.to(dtype)
+        total = self.sums.totals(ticket, row_index)
+        all_ranks = None if total is None else (total[0].to(dtype), total[1][0].to(dtype))
 
         def step_counts(mode: CountsMode) -> tuple[Tensor, Tensor]:
             counts_AE, num_tokens = self._step_counts(row, mode, dtype)
@@ -280,28 +281,41 @@ class Ledger:
             sequence_of_group_G=sequence_of_group_G,
             num_sequences=num_sequences,
             top_k=row.top_k,
-            totals=self._totals(row, num_tokens_G, sequence_of_group_G, num_sequences),
+            totals=self._totals(row, num_tokens_G, sequence_of_group_G, num_sequences, total),
             step_counts=step_counts,
             prob_sums_GE=prob_sums_GE,
+            all_ranks=all_ranks,
         )
 
     def _totals(
-        self, row: Row, num_tokens_G: Tensor, sequence_of_group_G: Tensor | None, num_sequences: int
+        self,
+        row: Row,
+        num_tokens_G: Tensor,
+        sequence_of_group_G: Tensor | None,
+        num_sequences: int,
+        all_ranks: tuple[Tensor, Tensor] | None,
     ) -> StepTotals:
-        """Totals as declared, else R times those counted, where counting is complete, else M R times these."""
-        num_ranks = self.reduction.num_ranks
+        """Totals as declared, else those counted where counting is complete, else M times this microbatch's.
+
+        Where counts are not summed over ranks, R times this rank's.
+        """
+        data_ranks = self.reduction.num_ranks // self.ranks.num_sequence_ranks
+        share = 1 if self.sums.sums_totals else data_ranks
         if self.plan.counts_are_complete and row.sizes is not None:
-            sizes = row.sizes * num_ranks
+            sizes = row.sizes * share
         else:
-            sizes = batch_sizes(num_tokens_G, sequence_of_group_G, num_sequences)
-            sizes = sizes * (self.num_microbatches * num_ranks)
+            if all_ranks is not None:
+                sizes = all_ranks[1]
+            else:
+                sizes = batch_sizes(num_tokens_G, sequence_of_group_G, num_sequences)
+            sizes = sizes * (self.num_microbatches * share)
         counted = sizes.to(num_tokens_G.dtype).unbind()
         declared = (self.declared.num_tokens, self.declared.num_sequences, self.declared.num_documents)
         tokens, sequences, documents = (
             known if total is None else known.new_full((), total)
             for total, known in zip(declared, counted, strict=True)
         )
-        return StepTotals(tokens, sequences, documents, self.num_microbatches * num_ranks)
+        return StepTotals(tokens, sequences, documents, self.num_microbatches, data_ranks)
 
     def _check_order(self, row: Row) -> None:
         """Raise if counts that were to be complete by now are not: weights and counts would be wrong."""
@@ -337,34 +351,65 @@ class Ledger:
 
     # ---------------------------------------------------------------- end of step
 
-    def final_losses(self, row: Row) -> dict[str, Tensor]:
-        """Unscaled loss of each objective over the measured step, () each."""
-        if row.measurement is None or row.counts_AE is None or row.num_tokens is None:
-            return {}
-        sums = row.measurement
-        losses = {
-            name: numerator / denominator.clamp(min=1)
-            for name, (numerator, denominator) in sums.losses.items()
-        }
-        dtype = sums.prob_sums_E.dtype
+    def finish_step(self) -> list[StepNumbers]:
+        """Complete the step's counts over ranks; what was measured of each row."""
+        self.sums.settle(self.rows)
+        counted = [row for row in self.rows if row.counts_AE is not None]
+        statistics = [row.statistic for row in counted if row.statistic is not None]
+        tensors: list[Tensor] = []
+        if not self.sums.sums_totals:
+            # Nothing in backward read them, so one sum at the end is enough.
+            speaks = int(self.ranks.is_first_of_sequence)
+            for row in counted:
+                assert row.counts_AE is not None
+                assert row.sizes is not None
+                tensors += [row.counts_AE, row.sizes * speaks]
+        num_counts = len(tensors)
+        tensors += [statistic.counts() for statistic in statistics]
+        summed = self.sums.sum_step(tensors)
+        pairs = zip(counted, summed[0:num_counts:2], summed[1:num_counts:2], strict=False)
+        for row, counts_AE, sizes in pairs:
+            row.counts_AE, row.sizes = counts_AE, sizes
+        for statistic, histogram_EN in zip(statistics, summed[num_counts:], strict=True):
+            statistic.histogram_EN = histogram_EN
+        return finish(
+            self.objectives,
+            [row.measured for row in self.rows],
+            self._read_measured,
+            self._read_final,
+            self.ranks,
+        )
+
+    def _read_measured(self, row_index: int, one: MeasuredForward) -> Reading:
+        """What a loss sees of one measured microbatch."""
+        return self._reading(
+            row_index,
+            one.ticket,
+            one.counts_AGE,
+            one.num_tokens_G,
+            one.sequence_of_group_G,
+            one.num_sequences,
+            None,
+            one.prob_sums_GE.dtype,
+        )
+
+    def _read_final(self, row_index: int) -> Reading:
+        """What a loss of step scope sees of the whole step."""
+        row = self.rows[row_index]
+        assert row.counts_AE is not None
+        assert row.num_tokens is not None
+        dtype = row.measured[0].prob_sums_GE.dtype
         counts_AE, num_tokens = row.counts_AE.to(dtype), row.num_tokens.to(dtype)
-        for objective in self.objectives:
-            if objective.scope == "step":
-                reading = Reading(
-                    maps=row.maps,
-                    counts_AGE=counts_AE[:, None],
-                    num_tokens_G=num_tokens[None],
-                    sequence_of_group_G=None,
-                    num_sequences=1,
-                    top_k=row.top_k,
-                    totals=StepTotals(num_tokens, num_tokens, num_tokens, 1),
-                    step_counts=lambda mode: (counts_AE, num_tokens),
-                )
-                numerator, denominator = objective.measure(
-                    reading, sums.prob_sums_E[None], sums.squared_lse_sum
-                )
-                losses[objective.name] = numerator / denominator.clamp(min=1)
-        return losses
+        return Reading(
+            maps=row.maps,
+            counts_AGE=counts_AE[:, None],
+            num_tokens_G=num_tokens[None],
+            sequence_of_group_G=None,
+            num_sequences=1,
+            top_k=row.top_k,
+            totals=StepTotals(num_tokens, num_tokens, num_tokens, 1),
+            step_counts=lambda mode: (counts_AE, num_tokens),
+        )
 
     def count_error(self, row: Row) -> Tensor | None:
         """max |f_used - f_final| over experts and reads of this step; None if no step scope was read."""
@@ -393,6 +438,7 @@ class Ledger:
         """Forget what the current step counted and declared."""
         for row in self.rows:
             row.clear()
+        self.sums.clear()
         self.declared = DeclaredTotals()
         self.plan = self.accumulation
         self.loss_scale = None

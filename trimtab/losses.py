@@ -119,8 +119,9 @@ class SequenceWise(Objective):
 class BatchWise(Objective):
     """Batch-wise balance loss: sum_e f_e P_e over the tokens of one forward, averaged over microbatches.
 
-    Gradient with respect to p: coef * f / (M n), n the microbatch's valid tokens. f carries no gradient.
-    1.0 at balance.
+    The tokens are those that all data ranks process together in one forward, or with ``local=True`` those
+    of each data rank alone. Gradient with respect to p: coef * f / (M n), n the valid tokens, with
+    ``local`` divided by the number of data ranks as well. f carries no gradient. 1.0 at balance.
 
     Source: DeepSeek-V3, arXiv:2412.19437, section 4.5.3 (batch-wise auxiliary loss); Fedus et al. 2021,
         arXiv:2101.03961, eq. 4-6 with f divided by K.
@@ -137,6 +138,7 @@ class BatchWise(Objective):
             assignments: what f counts, "executed" or "unbiased".
             average_microbatches: accept that with gradient accumulation each microbatch is balanced on
                 its own and the losses are averaged, which is not balance over the batch.
+            local: balance each data rank's tokens on their own and average over data ranks.
 
         Raises:
             ValueError: negative coefficient or unknown word.
@@ -144,6 +146,7 @@ class BatchWise(Objective):
 
         assignments: Assignments = "executed"
         average_microbatches: bool = False
+        local: bool = False
 
         def __post_init__(self) -> None:
             """Validate."""
@@ -171,17 +174,23 @@ class BatchWise(Objective):
         """The map that f counts."""
         return (assignment_map(self.config.assignments),)
 
+    @property
+    def local(self) -> bool:
+        """One data rank's own tokens, or all ranks'."""
+        return self.config.local
+
     def targets(self, reading: Reading) -> Tensor:
-        """(1, E): coef * f / (M n)."""
-        counts_E, num_tokens = reading.microbatch(self.maps[0])
+        """(1, E): coef * f / (M n), with ``local`` over data ranks."""
+        counts_E, num_tokens = reading.microbatch(self.maps[0], local=self.local)
         load_E = load_fraction(counts_E, num_tokens, reading.top_k)
-        return (self.coef * load_E / (reading.totals.num_microbatches * num_tokens.clamp(min=1)))[None]
+        num_batches = reading.totals.num_microbatches * (reading.totals.num_data_ranks if self.local else 1)
+        return (self.coef * load_E / (num_batches * num_tokens.clamp(min=1)))[None]
 
     def measure(
         self, reading: Reading, prob_sums_GE: Tensor, squared_lse_sum: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The microbatch's loss, and 1."""
-        counts_E, num_tokens = reading.microbatch(self.maps[0])
+        counts_E, num_tokens = reading.microbatch(self.maps[0], local=self.local)
         load_E = load_fraction(counts_E, num_tokens, reading.top_k)
         loss = (load_E * prob_sums_GE.sum(dim=0)).sum() / num_tokens.clamp(min=1)
         return loss, torch.ones_like(loss)
@@ -273,8 +282,9 @@ class ImportanceCV(Objective):
         L = Var(I) / mean(I)^2,   dL/dI_e = 2/E ((I_e - mean) / mean^2 - Var / mean^3),   0.0 at balance
 
     Averaged over microbatches. It reads no counts: probability sums of the same microbatch are formed in
-    backward. Deviation from the source: p is the dense router probability, not the noisy top-k gate; the
-    source's load loss needs that noise and is not offered.
+    backward. They are not summed over ranks: with several data ranks it must be asked for with
+    ``local=True``, and is then averaged over them. Deviation from the source: p is the dense router
+    probability, not the noisy top-k gate; the source's load loss needs that noise and is not offered.
 
     Source: Shazeer et al. 2017, arXiv:1701.06538, eq. 6-7.
     """
@@ -285,11 +295,24 @@ class ImportanceCV(Objective):
 
     @dataclass(frozen=True, kw_only=True, slots=True)
     class Config(Objective.Config):
-        """Settings of the importance loss: only its coefficient."""
+        """Settings of the importance loss.
+
+        Args:
+            local: balance each data rank's tokens on their own and average over data ranks.
+        """
+
+        local: bool = False
 
         def build(self) -> "ImportanceCV":
             """Return the objective."""
             return ImportanceCV(self)
+
+    config: Config
+
+    @property
+    def local(self) -> bool:
+        """One data rank's own tokens."""
+        return self.config.local
 
     def targets(self, reading: Reading) -> Tensor:
         """(1, E): coef / M * dL/dI."""
@@ -299,7 +322,8 @@ class ImportanceCV(Objective):
         mean = torch.where(mean > 0, mean, 1.0)
         variance = importance_E.var(correction=0)
         slope_E = 2 / reading.num_experts * ((importance_E - mean) / mean**2 - variance / mean**3)
-        return (self.coef / reading.totals.num_microbatches * slope_E)[None]
+        totals = reading.totals
+        return (self.coef / (totals.num_microbatches * totals.num_data_ranks) * slope_E)[None]
 
     def measure(
         self, reading: Reading, prob_sums_GE: Tensor, squared_lse_sum: Tensor

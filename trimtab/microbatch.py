@@ -11,6 +11,8 @@ from torch import Tensor
 
 from trimtab.counts import Unit
 
+_NO_TICKET = torch.zeros((), dtype=torch.int64, device="cpu")
+
 
 class Microbatch:
     """One forward of the model, as the routers' hooks see it.
@@ -42,9 +44,10 @@ class Microbatch:
         self.group_ids_T = group_ids_T
         self.valid_mask_T = valid_mask_T
         self.sequence_of_group_G = sequence_of_group_G
+        self.ticket = _NO_TICKET  # () int64 on the CPU, names the forward
 
     def with_active(self, active: bool) -> "Microbatch":
-        """The same tokens, counting or not."""
+        """The same tokens in a forward of their own, counting or not."""
         return Microbatch(
             active,
             self.num_tokens_G,
@@ -52,6 +55,27 @@ class Microbatch:
             self.num_sequences,
             self.group_ids_T,
             self.valid_mask_T,
+            self.sequence_of_group_G,
+        )
+
+    def take(self, tokens_T: Tensor) -> "Microbatch":
+        """One rank's tokens of it; groups keep the sizes that they have on all ranks together.
+
+        Args:
+            tokens_T: (t,) int64 places in the flattened (B, S) batch.
+        """
+        group_ids_T, num_groups = self.group_ids_T, len(self.num_tokens_G)
+        if group_ids_T is None and num_groups > 1:
+            group_ids_T = torch.arange(num_groups, device=tokens_T.device).repeat_interleave(
+                self.num_rows // num_groups
+            )
+        return Microbatch(
+            self.active,
+            self.num_tokens_G,
+            len(tokens_T),
+            self.num_sequences,
+            None if group_ids_T is None else group_ids_T[tokens_T],
+            None if self.valid_mask_T is None else self.valid_mask_T[tokens_T],
             self.sequence_of_group_G,
         )
 
@@ -63,7 +87,7 @@ class Microbatch:
             None if tensor is None else tensor.to(device)
             for tensor in (self.group_ids_T, self.valid_mask_T, self.sequence_of_group_G)
         )
-        return Microbatch(
+        moved = Microbatch(
             self.active,
             self.num_tokens_G.to(device),
             self.num_rows,
@@ -72,6 +96,8 @@ class Microbatch:
             valid_mask_T,
             sequence_of_group_G,
         )
+        moved.ticket = self.ticket
+        return moved
 
 
 class Context:
@@ -90,6 +116,14 @@ class Context:
         self.argument_names: tuple[str, ...] = ()
         self.stock_loss: str | None = None  # what to say once if a call asks for the model's own loss
         self.module: Any = None  # whose forward tells the batch
+        self.ledger: Any = None  # to be told when a forward ends; None if its counts stay on this rank
+        self._clock = torch.zeros((), dtype=torch.int64, device="cpu")
+
+    def number(self, microbatch: Microbatch) -> None:
+        """Give a forward its ticket."""
+        # Arithmetic of tensors, because a compiled forward would take an integer for a constant.
+        self._clock = self._clock + 1
+        microbatch.ticket = self._clock
 
 
 def describe(

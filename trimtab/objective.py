@@ -69,6 +69,21 @@ class Objective(ABC):
         return None
 
     @property
+    def local(self) -> bool:
+        """Whether microbatch scope means one data rank's own tokens, not those of all ranks together."""
+        return False
+
+    @property
+    def reads_groups(self) -> bool:
+        """Whether `targets` reads counts of sequences or documents, or of one data rank's own microbatch."""
+        return self.unit is not None or (self.scope == "microbatch" and self.local)
+
+    @property
+    def reads_totals(self) -> bool:
+        """Whether `targets` reads counts of all ranks together."""
+        return self.scope == "step" or (self.scope == "microbatch" and not self.local)
+
+    @property
     def totals(self) -> tuple[str, ...]:
         """The totals of the step that normalise it, as named in `StepTotals`."""
         return ()

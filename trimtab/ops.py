@@ -2,12 +2,14 @@
 
 Shapes: T tokens, K top-k, E experts, G finest groups, A count maps.
 
-They are opaque to torch.compile and checkpointing, and carry the two rules that keep counts right there:
+They are opaque to torch.compile and checkpointing, and carry the three rules that keep counts right there:
 
 - ``observe`` also returns a zero that is added to the routing weights, which keeps it in the forward
   graph: a compiler would otherwise drop it, or run it in backward only, where its counts are not needed
   before. Whether it runs in a recomputation it can only know inside, at run time. (Declaring a mutated
   argument instead fails where the compiler saves that argument for a recomputation.)
+- ``ticket`` names the forward, so that a recomputation and a backward find its counts: it is a tensor on
+  the CPU, of which a compiler makes an input and not a constant.
 - ``bind`` takes the incoming gradient, or a compiler could move it into forward, before the counts of
   later microbatches exist.
 """
@@ -25,6 +27,7 @@ _TAGS = (torch.Tag.cudagraph_unsafe,)
 @torch.library.custom_op("trimtab::observe", mutates_args=(), tags=_TAGS)
 def observe(
     handle: Tensor,
+    ticket: Tensor,
     logits_TE: Tensor,
     ids_TK: Tensor,
     expert_bias_E: Tensor | None,
@@ -39,6 +42,7 @@ def observe(
     ledger, row = ledger_of(handle)
     counts_AGE = ledger.observe(
         row,
+        int(ticket),
         logits_TE,
         ids_TK,
         expert_bias_E,
@@ -54,6 +58,7 @@ def observe(
 @observe.register_fake
 def _(
     handle: Tensor,
+    ticket: Tensor,
     logits_TE: Tensor,
     ids_TK: Tensor,
     expert_bias_E: Tensor | None,
@@ -72,6 +77,7 @@ def _(
 def bind(
     grad: Tensor,
     handle: Tensor,
+    ticket: Tensor,
     counts_AGE: Tensor,
     num_tokens_G: Tensor,
     sequence_of_group_G: Tensor | None,
@@ -83,6 +89,7 @@ def bind(
     ledger, row = ledger_of(handle)
     return ledger.bind(
         row,
+        int(ticket),
         counts_AGE,
         num_tokens_G,
         sequence_of_group_G,
@@ -97,6 +104,7 @@ def bind(
 def _(
     grad: Tensor,
     handle: Tensor,
+    ticket: Tensor,
     counts_AGE: Tensor,
     num_tokens_G: Tensor,
     sequence_of_group_G: Tensor | None,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trimtab.bias import Statistic
 from trimtab.counts import CountMap, load_fraction
+from trimtab.measure import MeasuredForward
 from trimtab.scores import ScoreName
 
 
@@ -21,18 +22,6 @@ def batch_sizes(num_tokens_G: Tensor, sequence_of_group_G: Tensor | None, num_se
         tokens_B = num_tokens_G.new_zeros(num_sequences)
         sequences_B = tokens_B.index_add_(0, sequence_of_group_G, num_tokens_G) > 0
     return torch.stack([num_tokens_G.sum().to(torch.int64), sequences_B.sum(), documents_G.sum()])
-
-
-@dataclass(slots=True)
-class Measurement:
-    """Sums for logging over the microbatches of one step, filled only when the ledger measures."""
-
-    prob_sums_E: Tensor
-    squared_lse_sum: Tensor
-    entropy_sum: Tensor
-    logit_max: Tensor
-    num_tokens: Tensor
-    losses: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -57,6 +46,7 @@ class Row:
     sizes: Tensor | None = None  # (3,) int64: valid tokens, sequences and documents so far
     num_counted: int = 0  # microbatches in the counts
     num_forwards: int = 0  # microbatches whose training forward ran
+    num_counting: int = 0  # microbatches whose counting forward ran
     sizes_min: Tensor | None = None  # of one microbatch
     sizes_max: Tensor | None = None
     prior_counts_AE: Tensor | None = None
@@ -64,11 +54,10 @@ class Row:
     prior_num_microbatches: int = 0
     used_min_AE: Tensor | None = None
     used_max_AE: Tensor | None = None
-    measurement: Measurement | None = None
+    measured: list[MeasuredForward] = field(default_factory=list)  # of a step that measures
 
-    def add(self, counts_AGE: Tensor, sizes: Tensor) -> None:
+    def add(self, counts_AE: Tensor, sizes: Tensor) -> None:
         """Add one microbatch: its counts, and its valid tokens, sequences and documents."""
-        counts_AE = counts_AGE.sum(dim=1)
         if self.counts_AE is None or self.sizes is None:
             self.counts_AE, self.sizes = counts_AE, sizes
             self.sizes_min = self.sizes_max = sizes
@@ -108,8 +97,8 @@ class Row:
     def clear(self) -> None:
         """Start from zero."""
         self.counts_AE = self.sizes = self.sizes_min = self.sizes_max = None
-        self.num_counted = self.num_forwards = 0
+        self.num_counted = self.num_forwards = self.num_counting = 0
         self.used_min_AE = self.used_max_AE = None
-        self.measurement = None
+        self.measured = []
         if self.statistic is not None:
             self.statistic.clear()

@@ -20,6 +20,7 @@ from trimtab.integrations.discovery import (
 )
 from trimtab.integrations.families import Family
 from trimtab.objective import Objective
+from trimtab.ranks import TokenRanks
 from trimtab.scale import Accumulation, GradReduction
 
 Keep = Literal["input", "logits"]
@@ -32,6 +33,7 @@ def attach(
     bias: BiasRule.Config | None = None,
     accumulation: Accumulation | int = 1,
     reduction: GradReduction | None = None,
+    ranks: TokenRanks | None = None,
     families: Mapping[str, Family | None] | None = None,
     keep: Keep = "input",
     measure_every: int = 10,
@@ -50,6 +52,8 @@ def attach(
         accumulation: microbatches per optimiser step, as a number or with their order.
         reduction: how the trainer reduces gradients over ranks and microbatches; None for one process.
             Required where torch.distributed runs several.
+        ranks: process groups of the ranks that share the tokens of a step and of a sequence, which counts are
+            summed over; None for all ranks if ``reduction`` says that all share a step.
         families: rows for router classes that the table of families lacks, by class name; None as a row
             leaves that class alone.
         keep: what backward needs of a router: "input" computes the logits again from the gate's input,
@@ -63,10 +67,10 @@ def attach(
         The balancer.
 
     Raises:
-        ValueError: several processes without ``reduction``, or with objectives or a bias rule whose counts
-            would have to be summed over ranks, which this version does not do; no router, a router that
-            cannot be served, an objective or rule that does not fit it, a score function that the router
-            does not have, a stock auxiliary loss that is active as well, or a balancer there already.
+        ValueError: several processes without ``reduction``, ``ranks`` that disagree with it, or an objective
+            that cannot be summed over ranks; no router, a router that cannot be served, an objective or rule
+            that does not fit it, a score function that the router does not have, a stock auxiliary loss that
+            is active as well, or a balancer there already.
     """
     if keep not in ("input", "logits"):
         raise ValueError(f"keep={keep!r} must be 'input' or 'logits'")
@@ -78,7 +82,7 @@ def attach(
         raise ValueError(f"accumulation={accumulation!r} must be a number of microbatches or an Accumulation")
     built = [config.build() for config in objectives]
     rule = bias.build() if bias is not None else None
-    _check_ranks(built, rule, reduction)
+    ranks = _ranks(built, reduction, ranks)
     routers = discover(model, extra=families)
     taken = next((r.name for r in routers if hasattr(r.module, ROUTER_STATE)), None)
     if taken is not None:
@@ -88,7 +92,7 @@ def attach(
     verify(routers)
     if isinstance(accumulation, int):
         accumulation = Accumulation(num_microbatches=accumulation)
-    balancer = Balancer(built, rule, accumulation, reduction or GradReduction(), measure_every)
+    balancer = Balancer(built, rule, accumulation, reduction or GradReduction(), measure_every, ranks)
     try:
         for router in routers:
             _check_logits(router, built)
@@ -122,28 +126,51 @@ def balancer_of(model: nn.Module) -> Balancer:
     )
 
 
-def _check_ranks(
-    objectives: Sequence[Objective], rule: BiasRule | None, reduction: GradReduction | None
-) -> None:
+def _ranks(
+    objectives: Sequence[Objective], reduction: GradReduction | None, ranks: TokenRanks | None
+) -> TokenRanks:
+    """The groups that counts are summed over."""
     distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return
+    several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    if not several:
+        return ranks or TokenRanks()
     world_size = distributed.get_world_size()
-    if world_size == 1:
-        return
     if reduction is None:
         raise ValueError(
             f"torch.distributed runs {world_size} processes; say how they reduce gradients: "
             f"reduction=GradReduction(ranks='mean', num_ranks={world_size}) for DDP and FSDP as they are, or "
             "ranks='sum'; num_ranks=1 if the ranks do not share a batch"
         )
-    shared = [o.name for o in objectives if o.scope in ("step", "microbatch")]
-    if reduction.num_ranks > 1 and (shared or rule is not None):
-        what = f"objective {shared[0]!r}" if shared else f"bias rule {type(rule).__name__}"
+    if ranks is None:
+        if reduction.num_ranks not in (1, world_size):
+            raise ValueError(
+                f"num_ranks={reduction.num_ranks} of {world_size} processes share a step; say which: "
+                "ranks=TokenRanks(tokens=group), with the process group that gradients are reduced over"
+            )
+        ranks = TokenRanks(tokens=distributed.group.WORLD if reduction.num_ranks > 1 else None)
+    if ranks.num_ranks != reduction.num_ranks:
         raise ValueError(
-            f"{what} needs counts summed over {reduction.num_ranks} ranks, which this version does not do yet; "
-            "SequenceWise, DeviceLevel, CommunicationLevel and ZLoss are exact in data parallelism"
+            f"ranks.tokens has {ranks.num_ranks} ranks, but reduction has num_ranks={reduction.num_ranks}; both "
+            "are the ranks that share a step"
         )
+    if ranks.num_ranks % ranks.num_sequence_ranks:
+        raise ValueError(
+            f"ranks.sequence has {ranks.num_sequence_ranks} ranks, which must divide the {ranks.num_ranks} of "
+            "ranks.tokens; it holds the ranks that share sequences"
+        )
+    for objective in objectives:
+        if objective.needs_prob_sums and ranks.num_ranks > 1:
+            name = type(objective).__name__
+            if not objective.local:
+                raise ValueError(
+                    f"{name} is not summed over ranks; use {name}.Config(local=True) to balance each data rank on "
+                    "its own, or BatchWise"
+                )
+            if ranks.num_sequence_ranks > 1:
+                raise ValueError(
+                    f"{name} cannot be had where sequences are divided over ranks.sequence; use BatchWise"
+                )
+    return ranks
 
 
 def _check_logits(router: FoundRouter, objectives: Sequence[Objective]) -> None:
