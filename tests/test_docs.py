@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from trimtab.parallel.placements import table
+
 ROOT = Path(__file__).parents[1]
 PAGES = [
     ROOT / "README.md",
@@ -148,6 +150,12 @@ def test_troubleshooting_quotes_real_messages() -> None:
 def test_families_page_is_current() -> None:
     generator = runpy.run_path(str(ROOT / "docs" / "generate_families.py"))
     assert generator["PAGE"].read_text() == generator["page"](), "run: python docs/generate_families.py"
+
+
+def test_placements_on_the_parallelism_page_are_current() -> None:
+    page = (ROOT / "docs" / "parallelism.md").read_text()
+    between = page.split("<!-- placements: begin -->\n")[1].split("\n<!-- placements: end -->")[0]
+    assert between == table(), "write trimtab.parallel.placements.table() there"
 
 
 def test_every_public_name_is_documented() -> None:

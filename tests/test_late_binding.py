@@ -188,7 +188,10 @@ def test_an_undeclared_counting_pass_is_refused() -> None:
 
 
 def test_batch_wise_with_accumulation_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"use GlobalBatch .* or SequenceWise"):
+    with pytest.raises(
+        ValueError,
+        match=r"use the global-batch loss .*GlobalBatch.* or the sequence-wise loss .*SequenceWise",
+    ):
         trimtab.attach(toy_model(), [trimtab.BatchWise.Config(coef=1)], accumulation=2)
 
 

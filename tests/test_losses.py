@@ -208,7 +208,7 @@ def test_configuration_errors(make: object, message: str) -> None:
         (
             BatchWise.Config(coef=1),
             Accumulation(num_microbatches=4),
-            r"num_microbatches=4 balances each microbatch on its own.*use GlobalBatch.*or SequenceWise",
+            r"num_microbatches=4 balances each microbatch on its own.*GlobalBatch.*or the sequence-wise loss",
         ),
         (
             GlobalBatch.Config(coef=1, counts="exact"),

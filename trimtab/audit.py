@@ -79,8 +79,8 @@ def audit(
     and no optimiser step. Gradients are cleared before and after; `Balancer.step` is called here and the
     step's counts are discarded, so that training goes on as if nothing had run.
 
-    With several data-parallel ranks all of them call it together; the reference is the mean over ranks of
-    each one's own, which is exact if they hold equally many sequences and tokens.
+    With several ranks that share a step all of them call it together; the reference is of the tokens of all
+    of them, whose router inputs and logits are sent to every rank for it.
 
     Args:
         balancer: the attached balancer; a step must not be under way.
@@ -153,7 +153,10 @@ def _run(
         grads = []
         for index in range(len(states)):
             gradient = _gate(balancer, index).grad
-            grads.append(torch.zeros(()) if gradient is None else gradient.detach().double().clone())
+            gradient = torch.zeros(()) if gradient is None else gradient.detach()
+            # A DTensor, without the second that importing its module takes.
+            gradient = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+            grads.append(gradient.double().clone())
         balancer.step()
     except BaseException:
         balancer.discard_step()
@@ -212,28 +215,83 @@ def _recording(balancer: Balancer) -> Iterator[list[list[_Record]]]:
 
 
 def _reference(balancer: Balancer, index: int, records: list[_Record]) -> Tensor:
-    """Gate gradient of the written-out objectives with exact counts, in float64."""
-    logits = [record.logits_TE.requires_grad_() for record in records]
-    routed = []
-    for record, logits_TE in zip(records, logits, strict=True):
-        m = record.microbatch
-        num_rows, device = m.num_rows, logits_TE.device
-        sequence_T = torch.arange(num_rows, device=device) // max(num_rows // max(m.num_sequences, 1), 1)
-        document_T = sequence_T if m.group_ids_T is None else m.group_ids_T
-        valid_T = torch.ones(num_rows, dtype=torch.bool, device=device)
-        valid_T = valid_T if m.valid_mask_T is None else m.valid_mask_T
-        routed.append(RoutedTokens(logits_TE, record.ids_TK, sequence_T, document_T, valid_T))
+    """Gate gradient of the written-out objectives with exact counts, in float64, of all ranks' tokens."""
+    group = balancer.ranks.tokens
+    for record in records:
+        record.logits_TE.requires_grad_()
+    own = [_routed(record, balancer) for record in records]
+    ranks = [own]
+    if group is not None:
+        detached = [[_cpu(one) for one in own]]
+        everybody: list[Any] = [None] * group.size()
+        torch.distributed.all_gather_object(everybody, detached[0], group=group)
+        ranks = [own if rank == group.rank() else theirs for rank, theirs in enumerate(everybody)]
+    device = records[0].logits_TE.device
+    # Microbatch m is what all ranks process together in one forward; or each data rank on its own.
+    together = [_join([rank[m] for rank in ranks], device) for m in range(len(own))]
+    apart = [_join(part, device) for m in range(len(own)) for part in _by_data_rank([r[m] for r in ranks])]
     score = balancer.layers[index].router.score
-    total = sum(reference_loss(objective, routed, score) for objective in balancer.objectives)
+    total = sum(
+        reference_loss(objective, apart if objective.local else together, score)
+        for objective in balancer.objectives
+    )
     assert isinstance(total, Tensor)
-    slopes = torch.autograd.grad(total, logits)
+    slopes = torch.autograd.grad(total, [record.logits_TE for record in records])
     pairs = zip(slopes, records, strict=True)
     want = sum(slope.T @ record.gate_input_TD for slope, record in pairs)
     assert isinstance(want, Tensor)
-    if balancer.reduction.num_ranks > 1 and _world_size() > 1:
-        torch.distributed.all_reduce(want)
-        want = want / _world_size()
+    if group is not None:
+        torch.distributed.all_reduce(want, group=group)
     return want
+
+
+def _routed(record: _Record, balancer: Balancer) -> RoutedTokens:
+    """One microbatch of this rank; its sequences are numbered apart from those of other data ranks."""
+    m = record.microbatch
+    device = record.logits_TE.device
+    valid_T = torch.ones(m.num_rows, dtype=torch.bool, device=device)
+    valid_T = valid_T if m.valid_mask_T is None else m.valid_mask_T
+    if m.group_ids_T is None:
+        sequence_T = torch.arange(m.num_rows, device=device) // max(m.num_rows // max(m.num_sequences, 1), 1)
+        document_T = sequence_T
+    else:
+        document_T = m.group_ids_T
+        sequence_T = document_T
+        if m.sequence_of_group_G is not None:
+            sequence_T = m.sequence_of_group_G[document_T]
+    group = balancer.ranks.sequence
+    several = balancer.ranks.tokens is not None
+    first = torch.distributed.get_process_group_ranks(group)[0] if group is not None else _rank(several)
+    offset = first * _NUMBERS
+    return RoutedTokens(record.logits_TE, record.ids_TK, sequence_T + offset, document_T + offset, valid_T)
+
+
+# More sequences and documents than one data rank has in a microbatch.
+_NUMBERS = 1 << 32
+
+
+def _rank(several: bool) -> int:
+    return torch.distributed.get_rank() if several else 0
+
+
+def _cpu(one: RoutedTokens) -> RoutedTokens:
+    fields = (one.logits_TE.detach(), one.ids_TK, one.sequence_T, one.document_T, one.valid_T)
+    return RoutedTokens(*(tensor.cpu() for tensor in fields))
+
+
+def _join(parts: Sequence[RoutedTokens], device: torch.device) -> RoutedTokens:
+    """Tokens of several ranks as one microbatch."""
+    names = ("logits_TE", "ids_TK", "sequence_T", "document_T", "valid_T")
+    return RoutedTokens(*(torch.cat([getattr(part, name).to(device) for part in parts]) for name in names))
+
+
+def _by_data_rank(parts: Sequence[RoutedTokens]) -> list[list[RoutedTokens]]:
+    """Parts of one microbatch, those of ranks that share sequences together."""
+    found: dict[int, list[RoutedTokens]] = {}
+    for part in parts:
+        key = int(part.sequence_T[0]) // _NUMBERS if len(part.sequence_T) else -1
+        found.setdefault(key, []).append(part)
+    return list(found.values())
 
 
 def _world_size() -> int:

@@ -96,13 +96,13 @@ class LocalDispatcher:
         if score_before_experts:
             # The product is rounded once, from the wider of the two dtypes.
             x_TKD = (x_TKD * topk_weights_TK.unsqueeze(-1)).to(x_TD.dtype)
-        x_ND = _place_rows(x_TKD.reshape(-1, x_TD.shape[-1]), inverse_N)
+        x_ND = place_rows(x_TKD.reshape(-1, x_TD.shape[-1]), inverse_N)
         plan = LocalPlan(order_N, None if score_before_experts else topk_weights_TK, top_k)
         return DispatchedTokens(x_ND, num_tokens_per_expert_E, plan)
 
     def combine(self, y_ND: Tensor, plan: LocalPlan) -> Tensor:
         """Sum each token's K results; see `Dispatcher.combine`."""
-        y_TKD = _place_rows(y_ND, plan.order_N).unflatten(0, (-1, plan.top_k))
+        y_TKD = place_rows(y_ND, plan.order_N).unflatten(0, (-1, plan.top_k))
         if plan.weights_TK is not None:
             y_TKD = y_TKD * plan.weights_TK.unsqueeze(-1)
         return y_TKD.sum(dim=1).to(y_ND.dtype)
@@ -128,7 +128,15 @@ def sort_by_expert(topk_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tenso
     return order_N, inverse_N, torch.searchsorted(sorted_ids_N, bounds).diff()
 
 
-def _place_rows(x_ND: Tensor, target_N: Tensor) -> Tensor:
-    """`y[target[n]] = x[n]` for a permutation `target`."""
+def place_rows(x_ND: Tensor, target_N: Tensor) -> Tensor:
+    """Permute rows, `y[target[n]] = x[n]`, with a backward that adds nothing up.
+
+    Args:
+        x_ND: (N, D) rows. Gradient flows.
+        target_N: (N,) int64, a permutation of 0 ... N - 1. No gradient.
+
+    Returns:
+        (N, D), contiguous.
+    """
     # index_copy's backward is a gather; the backward of a gather would be a scatter-add with atomics.
     return torch.empty_like(x_ND, memory_format=torch.contiguous_format).index_copy_(0, target_N, x_ND)

@@ -3,6 +3,7 @@
 Shape suffixes: N rows (token-expert pairs sorted by expert), D model, F hidden, E experts of this rank.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -101,12 +102,21 @@ class ClampedSwiGLU(GatedActivation):
         return (up_NF + 1) * (gate_NF * torch.sigmoid(self.alpha * gate_NF))
 
 
+def read_whole(module: nn.Module, name: str) -> Tensor:
+    """The parameter of that name, all of which is on this rank."""
+    parameter: Tensor = getattr(module, name)
+    return parameter
+
+
 class Experts(nn.Module):
     """E feed-forward networks `down(act(gate_up(x)))` over rows sorted by expert.
 
     Parameters keep the names and the layout of fused checkpoints: `gate_up_proj` (E, 2F, D) and `down_proj`
     (E, D, F), or (E, D, 2F) and (E, F, D) when `transposed`; `gate_up_proj_bias` (E, 2F) and `down_proj_bias`
     (E, D) when `bias`.
+
+    Attributes:
+        read: (module, name) -> what this rank multiplies by; replaced where ranks hold parts of parameters.
     """
 
     @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,6 +174,7 @@ class Experts(nn.Module):
         self.down_proj = parameter(E, F2 // 2, D) if config.transposed else parameter(E, D, F2 // 2)
         self.gate_up_proj_bias = parameter(E, F2) if config.bias else None
         self.down_proj_bias = parameter(E, D) if config.bias else None
+        self.read: Callable[[nn.Module, str], Tensor] = read_whole
         self.reset_parameters()
 
     @torch.no_grad()
@@ -188,19 +199,13 @@ class Experts(nn.Module):
         Raises:
             ValueError: shapes, dtypes or counts disagree (see `grouped_mm`).
         """
-        h_N2F = self._linear(x_ND, self.gate_up_proj, self.gate_up_proj_bias, num_tokens_per_expert_E)
-        return self._linear(
-            self.activation(h_N2F), self.down_proj, self.down_proj_bias, num_tokens_per_expert_E
-        )
+        h_N2F = self._linear("gate_up_proj", x_ND, num_tokens_per_expert_E)
+        return self._linear("down_proj", self.activation(h_N2F), num_tokens_per_expert_E)
 
-    def _linear(
-        self, x_ND: Tensor, weight: Tensor, bias_EF: Tensor | None, num_tokens_per_expert_E: Tensor
-    ) -> Tensor:
-        w_EDF = weight if self.transposed else weight.transpose(1, 2)
-        y_NF = grouped_mm(x_ND, w_EDF, num_tokens_per_expert_E)
-        if bias_EF is None:
-            return y_NF
-        return y_NF + grouped_rows(bias_EF.to(y_NF.dtype), num_tokens_per_expert_E, x_ND.shape[0])
+    def _linear(self, name: str, x_ND: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
+        weight = self.read(self, name)
+        bias_EF = self.read(self, f"{name}_bias") if self.config.bias else None
+        return grouped_linear(x_ND, weight, bias_EF, num_tokens_per_expert_E, transposed=self.transposed)
 
     def extra_repr(self) -> str:
         """Return the widths, for `repr`."""
@@ -209,6 +214,32 @@ class Experts(nn.Module):
             f"num_experts={c.num_experts}, dim={c.dim}, hidden_dim={c.hidden_dim}, "
             f"activation={c.activation}, bias={c.bias}, transposed={c.transposed}"
         )
+
+
+def grouped_linear(
+    x_ND: Tensor,
+    weight: Tensor,
+    bias_EF: Tensor | None,
+    num_tokens_per_expert_E: Tensor,
+    *,
+    transposed: bool,
+) -> Tensor:
+    """Multiply each block of rows by its expert's matrix and add its expert's bias.
+
+    Args:
+        x_ND: (N, D) rows sorted by expert. Gradient flows.
+        weight: (E, F, D), or (E, D, F) if `transposed`. Gradient flows.
+        bias_EF: (E, F) or None. Gradient flows.
+        num_tokens_per_expert_E: (E,) integer row counts that sum to N. No gradient.
+        transposed: the weight is stored as (E, in, out).
+
+    Returns:
+        (N, F) rows in the dtype of the multiply.
+    """
+    y_NF = grouped_mm(x_ND, weight if transposed else weight.transpose(1, 2), num_tokens_per_expert_E)
+    if bias_EF is None:
+        return y_NF
+    return y_NF + grouped_rows(bias_EF.to(y_NF.dtype), num_tokens_per_expert_E, x_ND.shape[0])
 
 
 class SharedExperts(nn.Module):

@@ -80,6 +80,7 @@ class Ledger:
         self.loss_scale: Tensor | None = None  # what the trainer multiplied the followed loss by
         self.counting = False  # inside a counting pass
         self.measuring = False
+        self._read_counts: dict[tuple[int, int, CountsMode], tuple[Tensor, Tensor]] = {}
         self._register()
 
     @property
@@ -270,7 +271,11 @@ class Ledger:
         all_ranks = None if total is None else (total[0].to(dtype), total[1][0].to(dtype))
 
         def step_counts(mode: CountsMode) -> tuple[Tensor, Tensor]:
-            counts_AE, num_tokens = self._step_counts(row, mode, dtype)
+            key = (ticket, row_index, mode)
+            if key not in self._read_counts:
+                # A schedule may run one backward twice, for inputs and for weights: both read the same.
+                self._read_counts[key] = self._step_counts(row, mode, dtype)
+            counts_AE, num_tokens = self._read_counts[key]
             row.note_used(row.load(counts_AE, num_tokens))
             return counts_AE, num_tokens
 
@@ -439,6 +444,7 @@ class Ledger:
         for row in self.rows:
             row.clear()
         self.sums.clear()
+        self._read_counts = {}
         self.declared = DeclaredTotals()
         self.plan = self.accumulation
         self.loss_scale = None

@@ -165,8 +165,9 @@ class BatchWise(Objective):
         if num_microbatches > 1 and not self.config.average_microbatches:
             raise ValueError(
                 f"BatchWise with num_microbatches={num_microbatches} balances each microbatch on its own, "
-                "not the batch; use GlobalBatch (counts over the whole step) or SequenceWise (counts per "
-                "sequence), or set average_microbatches=True if the mean of microbatch losses is meant"
+                "not the batch; use the global-batch loss (GlobalBatch: counts over the whole step) or the "
+                "sequence-wise loss (SequenceWise: counts per sequence), or set average_microbatches=True if the "
+                "mean of microbatch losses is meant"
             )
 
     @property

@@ -6,11 +6,21 @@ import torch
 
 from tests.train.tiny import tiny
 from trimtab import BatchWise, CommunicationLevel, GlobalBatch, Quantile, SequenceWise, Sign
+from trimtab.integrations.parallel import decoder_layers
 from trimtab.models.deepseek_v3 import deepseek_v3_debugmodel, deepseek_v3_tiny
-from trimtab.train.compute import ActivationCheckpointConfig, CompileConfig, check_precision, decoder_layers
+from trimtab.train.compute import ActivationCheckpointConfig, CompileConfig, check_precision
 from trimtab.train.config import TrainConfig, TrainingConfig, differences, flatten, to_dict
 from trimtab.train.evaluation import ValidationConfig
-from trimtab.train.logging import MetricsConfig, finite, is_quiet, step_line
+from trimtab.train.logging import (
+    MetricsConfig,
+    RunConsole,
+    finite,
+    is_quiet,
+    layer_numbers,
+    layers_line,
+    scalars,
+    step_line,
+)
 from trimtab.train.model import Balancing
 from trimtab.train.optim import LRSchedulerConfig, OptimizerConfig
 from trimtab.train.registry import config_functions, load_config, load_module, module_names
@@ -90,6 +100,10 @@ def sections(**changes):
             {"training": {"global_batch_size": 6}},
             r"global_batch_size=6 must be a multiple of .*microbatch_size=4",
         ),
+        (
+            {"data": {"microbatch_size": None}},
+            r"global_batch_size=None and data\.microbatch_size=None: .*set one of them",
+        ),
         ({"data": {"seq_len": 512}}, r"data\.seq_len=512 is longer than model\.max_seq_len=256"),
         ({"lr_scheduler": {"warmup_steps": 15, "decay_steps": 10}}, r"do not fit into training\.steps=20"),
         (
@@ -103,6 +117,7 @@ def sections(**changes):
         ({"model": {"num_dense_layers": 3}}, r"one layer has experts; lower model\.num_dense_layers"),
         ({"model": {"rope_head_dim": 7}}, r"rope_head_dim=7 must be even"),
         ({"model": {"dim": 0}}, r"dim=0 must be at least 1; raise model\.dim"),
+        ({"model": {"num_layers": 0}}, r"num_layers=0 must be at least 1; raise model\.num_layers"),
         ({"training": {"steps": 0}}, r"steps=0 must be at least 1"),
         ({"training": {"max_norm": 0.0}}, r"max_norm=0\.0 must be positive"),
         ({"training": {"seed": -1}}, r"seed=-1 must be at least 0"),
@@ -129,27 +144,34 @@ def test_contradictions_are_refused_when_the_config_is_built(changes, said):
 @pytest.mark.parametrize(
     ("balancing", "said"),
     [
-        (Balancing(objectives=(BatchWise.Config(coef=1.0),)), r"model\.balancing: BatchWise .*GlobalBatch"),
+        (
+            Balancing(objectives=(BatchWise.Config(coef=1.0),)),
+            r"model\.balancing: BatchWise .*GlobalBatch.* num_microbatches=2 is training\.global_batch_size=8 / "
+            r"\(data ranks=1 \* data\.microbatch_size=4\)",
+        ),
         (
             Balancing(objectives=(GlobalBatch.Config(coef=1.0, counts="exact"),)),
             r"model\.balancing: counts='exact' cannot be had",
-        ),
-        (
-            Balancing(
-                objectives=(CommunicationLevel.Config(coef=1.0, num_devices=3, max_devices_per_token=2),)
-            ),
-            r"num_devices=3 must divide num_experts=8",
         ),
     ],
 )
 def test_balancing_that_the_step_cannot_have_is_refused(balancing, said):
     config = deepseek_v3_tiny()
+    config = replace(
+        config,
+        model=replace(config.model, balancing=balancing),
+        training=replace(config.training, global_batch_size=8),
+    )
+    assert config.for_world(2).num_microbatches == 1
     with pytest.raises(ValueError, match=said):
-        replace(
-            config,
-            model=replace(config.model, balancing=balancing),
-            training=replace(config.training, global_batch_size=8),
-        )
+        config.for_world(1)
+
+
+def test_balancing_that_the_router_cannot_have_is_refused_when_the_config_is_built():
+    config = deepseek_v3_tiny()
+    objective = CommunicationLevel.Config(coef=1.0, num_devices=3, max_devices_per_token=2)
+    with pytest.raises(ValueError, match=r"num_devices=3 must divide num_experts=8"):
+        replace(config, model=replace(config.model, balancing=Balancing(objectives=(objective,))))
 
 
 def test_a_rule_that_the_router_cannot_serve_is_refused():
@@ -200,7 +222,7 @@ def test_the_learning_rate_rises_stays_and_falls():
 
 def test_vectors_are_not_decayed():
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.LayerNorm(3))
-    decayed, plain = OptimizerConfig(weight_decay=0.5).build(model).param_groups
+    decayed, plain = OptimizerConfig(weight_decay=0.5).build(model.parameters()).param_groups
     assert [p.dim() for p in decayed["params"]] == [2]
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.5, 0.0)
     assert [p.dim() for p in plain["params"]] == [1, 1, 1]
@@ -213,6 +235,7 @@ def test_differences_name_what_changes_a_run():
         metrics={"log_interval": 7},
         validation={"interval": 3},
         data={"max_validation_microbatches": 2},
+        parallelism={"tensor_parallel_degree": 2},
     )
     assert differences(saved, to_dict(config)) == ["optimizer.lr (saved 0.01, now 1.0)"]
     assert differences(saved, to_dict(deepseek_v3_tiny())) == []
@@ -253,6 +276,71 @@ def test_the_line_of_a_step():
     )
 
 
+def layers_record(num_layers, *, measured=True):
+    """A step record of layers 1, 2, ... whose largest load and loss grow with the layer."""
+    layers = range(1, num_layers + 1)
+    loads = [[2 - (1 + layer / 100), 1.0, 1 + layer / 100] for layer in layers]
+    losses = {"sequence_wise": {"value": [1 + layer / 1000 for layer in layers]}} if measured else {}
+    names = [f"model.layers.{layer}.mlp.gate" for layer in layers]
+    return {"balance": {"layers": names, "load": loads, "losses": losses}}
+
+
+def test_the_line_of_a_few_layers_shows_each():
+    assert layers_line(layers_record(2)) == (
+        "layers (load, sequence_wise): 1 0.99-1.01 1.001 | 2 0.98-1.02 1.002"
+    )
+    assert layers_line(layers_record(2, measured=False)) == "layers (load): 1 0.99-1.01 | 2 0.98-1.02"
+    assert layers_line(layers_record(12)).count("|") == 11
+
+
+def test_the_line_of_many_layers_is_a_range_and_the_worst():
+    record = layers_record(60)
+    record["balance"]["load"][6][2] = 2.5
+    assert layers_line(record) == (
+        "layers (load, sequence_wise): 1-60 0.40-2.50 1.001-1.060 | highest load: "
+        "7 0.93-2.50 1.007 | 59 0.41-1.59 1.059 | 60 0.40-1.60 1.060"
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "numbers"),
+    [
+        (["model.layers.3.mlp.gate", "model.layers.10.mlp.gate"], ["3", "10"]),
+        (["encoder.0.gate", "decoder.0.gate"], ["0", "1"]),
+        (["gate"], ["0"]),
+    ],
+)
+def test_layers_are_numbered_as_in_the_model(names, numbers):
+    assert layer_numbers(names) == numbers
+
+
+def test_several_printing_ranks_say_which_they_are(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "2")
+    RunConsole().print("alone")
+    monkeypatch.setenv("LOG_RANK", "2,0")
+    RunConsole().print("one [of] two")
+    assert capsys.readouterr().out == "alone\n[2] one [of] two\n"
+
+
+def test_tensorboard_gets_what_is_known():
+    balance = {
+        "maxvio": [0.5, 1.0],
+        "maxvio_running": [0.5, 1.0],
+        "load_entropy": [1.0, 0.9],
+        "dead_experts": [0, 1],
+        "logit_max": None,
+        "router_entropy": None,
+        "count_error": [None, 0.25],
+        "bias_min": None,
+        "bias_max": None,
+        "losses": {"z": {"value": [1.0, 3.0]}},
+    }
+    record = {"event": "step", "loss": 1.0, "lr": 1.0, "grad_norm": 1.0, "tokens_per_second": 1.0}
+    found = dict(scalars(record | {"balance": balance}))
+    assert (found["maxvio/layer1"], found["balance/z"], found["count_error/layer1"]) == (1.0, 2.0, 0.25)
+    assert not {"count_error/layer0", "logit_max/layer0"} & found.keys()
+
+
 def test_bfloat16_is_refused_where_the_gpu_has_none(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an old GPU")
@@ -261,6 +349,17 @@ def test_bfloat16_is_refused_where_the_gpu_has_none(monkeypatch):
     ):
         check_precision("bfloat16", torch.device("cuda"))
     check_precision("bfloat16", torch.device("cpu"))
+
+
+def test_the_debug_models_fit_every_pipeline_of_four_stages():
+    for module in module_names():
+        for name in config_functions(load_module(module)):
+            if "debugmodel" in name:
+                config = load_config(module, name)
+                assert config.model.num_layers >= 4
+                assert config.training.global_batch_size == 16
+                for world_size in (1, 2, 4):
+                    config.for_world(world_size)
 
 
 def test_models_without_layers_or_checkpointing_are_named():

@@ -19,7 +19,16 @@ def store_of(*texts):
     return tokenize(documents, ByteTokenizer())
 
 
-def loader(store, *, rank=0, world_size=1, validation_fraction=0.0, **options):
+def loader(
+    store,
+    *,
+    rank=0,
+    world_size=1,
+    validation_fraction=0.0,
+    forward_rows=None,
+    global_batch_size=None,
+    **options,
+):
     options = {"seq_len": 8, "microbatch_size": 2, **options}
     config = DataConfig(source="unused", validation_fraction=validation_fraction, **options)
     train, validation = split_validation(store, validation_fraction)
@@ -30,6 +39,8 @@ def loader(store, *, rank=0, world_size=1, validation_fraction=0.0, **options):
         validation=validation,
         rank=rank,
         world_size=world_size,
+        microbatch_size=forward_rows,
+        global_batch_size=global_batch_size,
     )
 
 
@@ -101,6 +112,77 @@ def test_resume_on_another_number_of_ranks():
     four = loader(store, rank=0, world_size=4)
     with pytest.raises(ValueError, match=r"after 6 microbatches, which do not divide among 4 data ranks"):
         four.load_state_dict(ranks[1].state_dict() | {"num_microbatches": 6})
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("domain_pure", [True, False])
+@pytest.mark.parametrize(("num_ranks", "rows"), [(1, 1), (2, 1), (4, 1), (2, 2), (1, 8), (1, 3)])
+def test_the_rows_of_a_step_do_not_depend_on_how_they_are_divided(domain_pure, shuffle, num_ranks, rows):
+    """Two steps of 12 rows (24 for 8 at once), in order of microbatches, are those of one forward of four rows."""
+    store, options = three_domains(), {"domain_pure": domain_pure, "shuffle": shuffle, "microbatch_size": 4}
+    whole = loader(store, **options)
+    ranks = [
+        loader(store, rank=r, world_size=num_ranks, forward_rows=rows, **options) for r in range(num_ranks)
+    ]
+    expected = torch.cat([next(whole).input_ids_BS for _ in range(6)])
+    batches = [next(rank) for _ in range(24 // (rows * num_ranks)) for rank in ranks]
+    assert {len(batch.input_ids_BS) for batch in batches} == {rows}
+    assert torch.equal(torch.cat([batch.input_ids_BS for batch in batches]), expected)
+    assert ranks[0].state_dict() == whole.state_dict()
+    assert ranks[0].epoch == whole.epoch
+    again = loader(store, rank=num_ranks - 1, world_size=num_ranks, forward_rows=rows, **options)
+    again.load_state_dict(whole.state_dict())
+    for rank in ranks:
+        expected_batch = next(rank)
+    assert_same(next(again), expected_batch)
+
+
+def test_rows_of_a_step_are_drawn_together_where_no_size_is_given():
+    store = three_domains()
+    alone = loader(store, microbatch_size=None, global_batch_size=4, domain_pure=True)
+    ranks = [
+        loader(
+            store,
+            microbatch_size=None,
+            global_batch_size=4,
+            domain_pure=True,
+            rank=r,
+            world_size=2,
+            forward_rows=2,
+        )
+        for r in range(2)
+    ]
+    for _ in range(10):
+        whole, parts = next(alone), [next(rank) for rank in ranks]
+        assert len(whole.domain_ids_BS.unique()) == 1
+        assert torch.equal(torch.cat([part.input_ids_BS for part in parts]), whole.input_ids_BS)
+    with pytest.raises(ValueError, match=r"microbatch_size=None draws .* say global_batch_size"):
+        loader(store, microbatch_size=None)
+
+
+def test_a_state_inside_a_chunk_is_refused():
+    data = loader(three_domains(), microbatch_size=4, forward_rows=1)
+    next(data)
+    with pytest.raises(ValueError, match=r"1 of 4 rows that are drawn together are read"):
+        data.state_dict()
+
+
+def test_validation_is_the_same_text_however_rows_are_divided():
+    options = {"validation_fraction": 0.2, "microbatch_size": 4, "max_validation_microbatches": 2}
+    store = three_domains()
+    tokens = []
+    for num_ranks, rows in ((1, 4), (2, 1), (1, 2)):
+        shares = [
+            list(
+                loader(store, rank=r, world_size=num_ranks, forward_rows=rows, **options).validation_batches()
+            )
+            for r in range(num_ranks)
+        ]
+        assert {tuple(batch.input_ids_BS.shape) for share in shares for _, batch in share} == {(rows, 8)}
+        seen = [b.input_ids_BS[b.valid_mask_BS] for step in zip(*shares, strict=True) for _, b in step]
+        tokens.append(torch.cat(seen))
+    assert torch.equal(tokens[0], tokens[1])
+    assert torch.equal(tokens[0], tokens[2])
 
 
 def test_domain_pure_microbatches_in_proportion():

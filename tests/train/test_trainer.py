@@ -9,7 +9,7 @@ import torch
 
 from tests.train.tiny import build, tiny
 from trimtab import GlobalBatch, GradReduction, SequenceWise, Sign, ZLoss
-from trimtab.train.evaluation import next_token_loss
+from trimtab.train.evaluation import next_token_targets, token_loss
 from trimtab.train.model import Balancing
 from trimtab.train.trainer import Trainer, TrainingError
 
@@ -90,7 +90,7 @@ def test_accumulation_does_not_change_the_first_step(tmp_path, balancing):
             training={"global_batch_size": 4},
         )
         trainer = build(config)
-        assert config.num_microbatches == 4 // size
+        assert trainer.engine.run.num_microbatches == 4 // size
         seen.append(gradients(trainer))
     (first, whole), *others = seen
     for record, split in others:
@@ -127,7 +127,7 @@ def test_checkpointed_activations_change_nothing(tmp_path, mode):
     plain, plain_gradients = gradients(build(tiny(tmp_path)))
     trainer = build(tiny(tmp_path, activation_checkpoint={"mode": mode}))
     calls = []
-    router = trainer.routers[-1].module
+    router = trainer.engine.parts[0].routers[-1].module
     router.register_forward_hook(lambda *_: calls.append(1))
     record, saved = gradients(trainer)
     assert len(calls) == 2  # forward, and again in backward
@@ -156,7 +156,9 @@ def test_compiled_layers_train_the_same(tmp_path):
 def test_bfloat16_keeps_the_routers_in_float32(tmp_path):
     trainer = build(tiny(tmp_path, training={"mixed_precision": "bfloat16"}))
     logits, hidden = [], []
-    trainer.routers[0].module.register_forward_hook(lambda m, a, output: logits.append(output[0].dtype))
+    trainer.engine.parts[0].routers[0].module.register_forward_hook(
+        lambda m, a, output: logits.append(output[0].dtype)
+    )
     attention = trainer.model.model.layers[0].self_attn.o_proj
     attention.register_forward_hook(lambda m, a, output: hidden.append(output.dtype))
     record = trainer._train_step()
@@ -192,12 +194,13 @@ def test_padding_changes_neither_loss_nor_counts(tmp_path):
     assert balance["num_tokens"] == [batch.num_tokens] * 2
 
 
-def test_next_token_loss_ignores_what_has_no_label():
+def test_token_loss_ignores_what_has_no_label():
     logits = torch.zeros(1, 3, 4)
     logits[0, 0, 2] = math.log(3.0)
     labels = torch.tensor([[1, 2, -100]])
     # Only position 0 predicts a label, the 2 with probability 3 / 6.
-    assert next_token_loss(logits, labels).item() == pytest.approx(math.log(2))
+    assert next_token_targets(labels).tolist() == [[2, -100, -100]]
+    assert token_loss(logits, next_token_targets(labels)).item() == pytest.approx(math.log(2))
 
 
 def test_validation_counts_each_held_out_token_once(tmp_path):

@@ -15,12 +15,15 @@ from torch import nn
 
 from trimtab.bias import Sign
 from trimtab.losses import BatchWise, GlobalBatch, SequenceWise
+from trimtab.parallel.mesh import Degrees
+from trimtab.train.compute import ActivationCheckpointConfig
 from trimtab.train.config import TrainConfig, TrainingConfig
 from trimtab.train.data import DataConfig
 from trimtab.train.evaluation import ValidationConfig
 from trimtab.train.logging import MetricsConfig
 from trimtab.train.model import Balancing, ModelConfig
-from trimtab.train.optim import OptimizerConfig
+from trimtab.train.optim import LRSchedulerConfig, OptimizerConfig
+from trimtab.train.parallelism import ParallelismConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,7 +32,6 @@ class DeepseekV3ModelConfig(ModelConfig):
 
     Args:
         dim: width of the model.
-        num_layers: decoder layers.
         num_dense_layers: first layers, whose feed-forward is dense.
         hidden_dim: hidden width of dense feed-forwards.
         expert_hidden_dim: hidden width of one expert.
@@ -44,13 +46,13 @@ class DeepseekV3ModelConfig(ModelConfig):
         rope_head_dim: width of a head's part with positions.
         v_head_dim: width of a head's values.
         init_std: standard deviation of initial weights.
+        vocab_size: rows of the embedding, at least the tokenizer's ids; None for as many.
 
     Raises:
         ValueError: sizes that are not positive or do not fit each other.
     """
 
     dim: int
-    num_layers: int
     num_dense_layers: int = 1
     hidden_dim: int
     expert_hidden_dim: int
@@ -65,13 +67,13 @@ class DeepseekV3ModelConfig(ModelConfig):
     rope_head_dim: int
     v_head_dim: int
     init_std: float = 0.02
+    vocab_size: int | None = None
 
     def __post_init__(self) -> None:
         """Validate."""
         ModelConfig.__post_init__(self)
         sizes = (
             "dim",
-            "num_layers",
             "hidden_dim",
             "expert_hidden_dim",
             "num_shared_experts",
@@ -121,12 +123,23 @@ class DeepseekV3ModelConfig(ModelConfig):
         """The family's routers have one."""
         return True
 
+    def check_parallel(self, degrees: Degrees) -> None:
+        """Besides experts, heads are divided, and the width of each expert where the tensor ranks take it."""
+        ModelConfig.check_parallel(self, degrees)
+        self.check_divides("tensor_parallel_degree", degrees.tp, "num_heads")
+        self.check_divides("expert_tensor_parallel_degree", degrees.etp, "expert_hidden_dim")
+
     def build(self, *, vocab_size: int, seq_len: int) -> nn.Module:
         """Build transformers' `DeepseekV3ForCausalLM`."""
         from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
+        if self.vocab_size is not None and self.vocab_size < vocab_size:
+            raise ValueError(
+                f"vocab_size={self.vocab_size} must be at least the tokenizer's {vocab_size}; raise "
+                "model.vocab_size, or set it to None"
+            )
         config = DeepseekV3Config(
-            vocab_size=vocab_size,
+            vocab_size=self.vocab_size or vocab_size,
             hidden_size=self.dim,
             num_hidden_layers=self.num_layers,
             first_k_dense_replace=self.num_dense_layers,
@@ -159,8 +172,8 @@ class DeepseekV3ModelConfig(ModelConfig):
 def deepseek_v3_debugmodel() -> TrainConfig:
     """Small model, sequence-wise loss and sign bias balancing as in the report; minutes on two CPU cores.
 
-    alpha and gamma are 10 times the report's: its biases move for 14.8 trillion tokens, these for 400 steps. A
-    step takes 4 microbatches, each of one domain, so that every step holds text of several.
+    alpha and gamma are 10 times the report's: its biases move for 14.8 trillion tokens, these for 200 steps. A
+    step takes 16 rows, four at a time of one domain, so that every step holds text of several.
     """
     return _debugmodel(
         Balancing(
@@ -174,10 +187,11 @@ def deepseek_v3_debugmodel() -> TrainConfig:
 def deepseek_v3_debugmodel_batch_wise() -> TrainConfig:
     """The debug model with the batch-wise loss alone (section 4.5.3 of the report), no bias balancing.
 
-    The batch is one forward of 16 rows: a batch-wise loss cannot see across accumulated microbatches.
+    The batch is one forward of 16 rows, over all data ranks together: a batch-wise loss cannot see across
+    accumulated microbatches.
     """
     balancing = Balancing(objectives=(BatchWise.Config(coef=1e-2),))
-    return _debugmodel(balancing, microbatch_size=16, domain_pure=False)
+    return _debugmodel(balancing, microbatch_size=None, domain_pure=False)
 
 
 def deepseek_v3_debugmodel_global_batch() -> TrainConfig:
@@ -218,12 +232,66 @@ def deepseek_v3_tiny() -> TrainConfig:
     )
 
 
-def _debugmodel(balancing: Balancing, *, microbatch_size: int = 4, domain_pure: bool = True) -> TrainConfig:
+def deepseek_v3_671b() -> TrainConfig:
+    """The model of the report with its settings (sections 3.2 and 4.2), for 2,048 processes.
+
+    Without multi-token prediction. The report raises the batch from 3,072 rows during the first 469 billion
+    tokens, lets the learning rate fall along a cosine, and runs DualPipe, of which DualPipeV is one half. It
+    recomputes norms and the keys' and values' projections; selective checkpointing keeps the latter. Text and
+    tokenizer are not published: give data.source and data.tokenizer.name.
+    """
+    global_batch_size, seq_len = 15_360, 4096
+    billion = 1e9 / (global_batch_size * seq_len)  # in steps
+    biases_stop = round(14_300 * billion)
+    return TrainConfig(
+        model=DeepseekV3ModelConfig(
+            balancing=Balancing(
+                objectives=(SequenceWise.Config(coef=1e-4, assignments="unbiased"),),
+                bias=Sign.Config(speed=1e-3, schedule=((biases_stop - 1, 1.0), (biases_stop, 0.0))),
+            ),
+            dim=7168,
+            num_layers=61,
+            num_dense_layers=3,
+            hidden_dim=18432,
+            expert_hidden_dim=2048,
+            num_experts=256,
+            top_k=8,
+            num_groups=8,
+            num_limited_groups=4,
+            route_scale=2.5,
+            num_heads=128,
+            q_lora_rank=1536,
+            kv_lora_rank=512,
+            nope_head_dim=128,
+            rope_head_dim=64,
+            v_head_dim=128,
+            init_std=0.006,
+            vocab_size=129_280,
+        ),
+        data=DataConfig(seq_len=seq_len, microbatch_size=1),
+        training=TrainingConfig(
+            steps=round(14_800 * billion), global_batch_size=global_batch_size, mixed_precision="bfloat16"
+        ),
+        parallelism=ParallelismConfig(
+            expert_parallel_degree=64, pipeline_parallel_degree=16, pipeline_parallel_schedule="DualPipeV"
+        ),
+        optimizer=OptimizerConfig(lr=2.2e-4, betas=(0.9, 0.95), weight_decay=0.1),
+        lr_scheduler=LRSchedulerConfig(
+            warmup_steps=2000, decay_steps=round(4_800 * billion), min_factor=7.3e-6 / 2.2e-4
+        ),
+        activation_checkpoint=ActivationCheckpointConfig(mode="selective"),
+    )
+
+
+def _debugmodel(
+    balancing: Balancing, *, microbatch_size: int | None = 4, domain_pure: bool = True
+) -> TrainConfig:
+    global_batch_size = 16
     return TrainConfig(
         model=DeepseekV3ModelConfig(
             balancing=balancing,
             dim=128,
-            num_layers=3,
+            num_layers=6,
             hidden_dim=384,
             expert_hidden_dim=96,
             num_experts=16,
@@ -241,8 +309,8 @@ def _debugmodel(balancing: Balancing, *, microbatch_size: int = 4, domain_pure: 
             seq_len=256,
             microbatch_size=microbatch_size,
             domain_pure=domain_pure,
-            max_validation_microbatches=64 // microbatch_size,
+            max_validation_microbatches=64 // (microbatch_size or global_batch_size),
         ),
-        training=TrainingConfig(steps=400, global_batch_size=16),
+        training=TrainingConfig(steps=200, global_batch_size=global_batch_size),
         optimizer=OptimizerConfig(lr=3e-3),
     )

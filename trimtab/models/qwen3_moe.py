@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from trimtab.losses import GlobalBatch
+from trimtab.parallel.mesh import Degrees
 from trimtab.train.config import TrainConfig, TrainingConfig
 from trimtab.train.data import DataConfig
 from trimtab.train.model import Balancing, ModelConfig
@@ -22,11 +23,10 @@ from trimtab.train.optim import OptimizerConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Qwen3MoeModelConfig(ModelConfig):
-    """Sizes of a Qwen3-MoE model.
+    """Sizes of a Qwen3-MoE model. All layers have experts.
 
     Args:
         dim: width of the model.
-        num_layers: decoder layers, all with experts.
         expert_hidden_dim: hidden width of one expert.
         num_heads: heads of queries.
         num_kv_heads: heads of keys and values; divides ``num_heads``.
@@ -38,7 +38,6 @@ class Qwen3MoeModelConfig(ModelConfig):
     """
 
     dim: int
-    num_layers: int
     expert_hidden_dim: int
     num_heads: int
     num_kv_heads: int
@@ -48,7 +47,7 @@ class Qwen3MoeModelConfig(ModelConfig):
     def __post_init__(self) -> None:
         """Validate."""
         ModelConfig.__post_init__(self)
-        for name in ("dim", "num_layers", "expert_hidden_dim", "num_heads", "num_kv_heads", "head_dim"):
+        for name in ("dim", "expert_hidden_dim", "num_heads", "num_kv_heads", "head_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1; raise model.{name}")
         if self.num_heads % self.num_kv_heads:
@@ -57,6 +56,12 @@ class Qwen3MoeModelConfig(ModelConfig):
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even; change model.head_dim")
+
+    def check_parallel(self, degrees: Degrees) -> None:
+        """Besides experts, heads are divided, and the width of each expert where the tensor ranks take it."""
+        ModelConfig.check_parallel(self, degrees)
+        self.check_divides("tensor_parallel_degree", degrees.tp, "num_heads", "num_kv_heads")
+        self.check_divides("expert_tensor_parallel_degree", degrees.etp, "expert_hidden_dim")
 
     def build(self, *, vocab_size: int, seq_len: int) -> nn.Module:
         """Build transformers' `Qwen3MoeForCausalLM`."""
@@ -92,7 +97,7 @@ def qwen3_moe_debugmodel() -> TrainConfig:
         model=Qwen3MoeModelConfig(
             balancing=Balancing(objectives=(GlobalBatch.Config(coef=1e-2),)),
             dim=128,
-            num_layers=3,
+            num_layers=6,
             expert_hidden_dim=96,
             num_experts=16,
             top_k=2,
@@ -102,6 +107,6 @@ def qwen3_moe_debugmodel() -> TrainConfig:
             init_std=0.06,
         ),
         data=DataConfig(seq_len=256, microbatch_size=4, domain_pure=True, max_validation_microbatches=16),
-        training=TrainingConfig(steps=400, global_batch_size=16),
+        training=TrainingConfig(steps=200, global_batch_size=16),
         optimizer=OptimizerConfig(lr=3e-3),
     )

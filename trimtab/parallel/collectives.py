@@ -7,6 +7,7 @@ Each operator's backward is the adjoint of its forward for tensors that differ b
 
     gather          all-gather along a dim          backward: reduce_scatter
     reduce_scatter  sum, keep this rank's part      backward: gather
+    own_part        keep this rank's part           backward: gather
     exchange_rows   uneven all-to-all of rows       backward: the exchange back
 
 What a tensor's gradient is on each rank (whole, or a partial sum) decides which one is right where; that
@@ -20,15 +21,25 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
+# Renamed in torch 2.13, which warns of the old names.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def resolve(group: str) -> dist.ProcessGroup:
+    """The process group of a name."""
+    name: Any = group  # the type of names differs between versions of torch
+    return _resolve_process_group(name)
+
 
 @torch.library.custom_op("trimtab::gather", mutates_args=())
 def gather(x: Tensor, dim: int, group: str) -> Tensor:
     """Concatenate the ranks' equal parts along ``dim`` in rank order, on every rank."""
-    process_group = _resolve_process_group(group)
+    process_group = resolve(group)
     num_ranks = process_group.size()
     x = x.contiguous()
     out = x.new_empty(num_ranks * x.shape[0], *x.shape[1:])
-    dist.all_gather_into_tensor(out, x, group=process_group)
+    _all_gather(out, x, group=process_group)
     # A copy where dim is 0 as well would be a waste; elsewhere parts lie one after another and move.
     return out if dim == 0 else torch.cat(out.chunk(num_ranks), dim=dim)
 
@@ -36,25 +47,40 @@ def gather(x: Tensor, dim: int, group: str) -> Tensor:
 @gather.register_fake
 def _(x: Tensor, dim: int, group: str) -> Tensor:
     shape = list(x.shape)
-    shape[dim] = shape[dim] * _resolve_process_group(group).size()
+    shape[dim] = shape[dim] * resolve(group).size()
     return x.new_empty(shape)
 
 
 @torch.library.custom_op("trimtab::reduce_scatter", mutates_args=())
 def reduce_scatter(x: Tensor, dim: int, group: str) -> Tensor:
     """Sum over ranks and keep this rank's part of ``dim``, which the number of ranks must divide."""
-    process_group = _resolve_process_group(group)
+    process_group = resolve(group)
     num_ranks = process_group.size()
     parts = x.contiguous() if dim == 0 else torch.cat(x.chunk(num_ranks, dim=dim))
     out = x.new_empty(parts.shape[0] // num_ranks, *parts.shape[1:])
-    dist.reduce_scatter_tensor(out, parts, group=process_group)
+    _reduce_scatter(out, parts, group=process_group)
     return out
 
 
 @reduce_scatter.register_fake
 def _(x: Tensor, dim: int, group: str) -> Tensor:
     shape = list(x.shape)
-    shape[dim] = shape[dim] // _resolve_process_group(group).size()
+    shape[dim] = shape[dim] // resolve(group).size()
+    return x.new_empty(shape)
+
+
+@torch.library.custom_op("trimtab::own_part", mutates_args=())
+def own_part(x: Tensor, dim: int, group: str) -> Tensor:
+    """This rank's part along ``dim`` of a value that every rank has; the number of ranks must divide it."""
+    process_group = resolve(group)
+    part = x.chunk(process_group.size(), dim=dim)[process_group.rank()]
+    return part.clone(memory_format=torch.contiguous_format)  # operators return no views
+
+
+@own_part.register_fake
+def _(x: Tensor, dim: int, group: str) -> Tensor:
+    shape = list(x.shape)
+    shape[dim] = shape[dim] // resolve(group).size()
     return x.new_empty(shape)
 
 
@@ -62,7 +88,7 @@ def _(x: Tensor, dim: int, group: str) -> Tensor:
 def exchange_counts(counts_Re: Tensor, group: str) -> Tensor:
     """Row r is what rank r has for this rank: an all-to-all of equal rows, (R, e) integers. No gradient."""
     out = torch.empty_like(counts_Re, memory_format=torch.contiguous_format)
-    dist.all_to_all_single(out, counts_Re.contiguous(), group=_resolve_process_group(group))
+    dist.all_to_all_single(out, counts_Re.contiguous(), group=resolve(group))
     return out
 
 
@@ -87,7 +113,7 @@ def exchange_rows(x_ND: Tensor, send_R: Tensor, receive_R: Tensor, num_rows: int
     """
     send, receive = send_R.tolist(), receive_R.tolist()
     out = x_ND.new_empty(sum(receive), *x_ND.shape[1:])
-    dist.all_to_all_single(out, x_ND.contiguous(), receive, send, group=_resolve_process_group(group))
+    dist.all_to_all_single(out, x_ND.contiguous(), receive, send, group=resolve(group))
     return out
 
 
@@ -124,4 +150,5 @@ def _exchange_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None
 
 gather.register_autograd(_gather_backward, setup_context=_keep_arguments)
 reduce_scatter.register_autograd(_reduce_scatter_backward, setup_context=_keep_arguments)
+own_part.register_autograd(_reduce_scatter_backward, setup_context=_keep_arguments)
 exchange_rows.register_autograd(_exchange_backward, setup_context=_keep_exchange)

@@ -7,8 +7,9 @@ them is efsdp.
 
 from dataclasses import dataclass, fields
 
+import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,18 +77,40 @@ class Degrees:
         return self.fsdp // (self.ep * self.etp)
 
 
+class Groups:
+    """Process groups by their ranks, each made once: axes that span the same ranks share theirs.
+
+    A group costs memory on a GPU, and with gloo a thread that never sleeps long.
+    """
+
+    def __init__(self) -> None:
+        self._by_ranks: dict[tuple[int, ...], dist.ProcessGroup] = {}
+
+    def of(self, ranks: tuple[int, ...]) -> dist.ProcessGroup:
+        """The group of these ranks; all of them must ask for it, in the same order as for others they share."""
+        if ranks not in self._by_ranks:
+            if len(ranks) == dist.get_world_size():
+                group = dist.group.WORLD
+            else:
+                group = dist.new_group(list(ranks), use_local_synchronization=True)
+            assert isinstance(group, dist.ProcessGroup)
+            self._by_ranks[ranks] = group
+        return self._by_ranks[ranks]
+
+
 class Mesh:
     """Process groups of all axes. Every rank of the world must make it, with the same degrees.
 
     Args:
         degrees: sizes of the axes; their product is the world's size.
         device_type: "cpu" or "cuda".
+        groups: groups that exist already; None for none.
 
     Raises:
         ValueError: the product of the degrees is not the number of ranks.
     """
 
-    def __init__(self, degrees: Degrees, device_type: str) -> None:
+    def __init__(self, degrees: Degrees, device_type: str, groups: Groups | None = None) -> None:
         world_size = dist.get_world_size()
         if degrees.world_size != world_size:
             raise ValueError(
@@ -96,7 +119,9 @@ class Mesh:
             )
         d = self.degrees = degrees
         self.device_type = device_type
+        self._groups = Groups() if groups is None else groups
         self._meshes: dict[str, DeviceMesh] = {}
+        # Views of the world: the same ranks in the same order, cut into other axes.
         self._add(pp=d.pp, dp_replicate=d.dp_replicate, fsdp=d.fsdp)
         self._add(pp=d.pp, dp_replicate=d.dp_replicate, dp_cp=d.dp_shard * d.cp, tp=d.tp)
         self._add(pp=d.pp, dp_replicate=d.dp_replicate, efsdp=d.efsdp, ep=d.ep, etp=d.etp)
@@ -109,7 +134,15 @@ class Mesh:
         new = [name for name in axes if name not in ("pp", "dp_replicate")]
         if all(axes[name] == 1 for name in new) and not ("fsdp" in axes and self.degrees.world_size > 1):
             return
-        root = init_device_mesh(self.device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+        # On the CPU whatever the default device is, so that a model may be built on the meta device around it.
+        ranks = torch.arange(self.degrees.world_size, device="cpu").view(tuple(axes.values()))
+        own = (ranks == dist.get_rank()).nonzero()[0].tolist()
+        groups = []
+        for dim in range(len(axes)):
+            along: list[int | slice] = list(own)
+            along[dim] = slice(None)
+            groups.append(self._groups.of(tuple(ranks[tuple(along)].tolist())))
+        root = DeviceMesh.from_group(groups, self.device_type, ranks, mesh_dim_names=tuple(axes))
         for name in axes:
             if not name.startswith("_"):
                 self._meshes.setdefault(name, root)

@@ -55,7 +55,7 @@ class Crossing:
 
 def split(x: Tensor, dim: int, group: str) -> Tensor:
     """This rank's part of a value that is whole; the gradients of all parts are gathered in backward."""
-    out: Tensor = _Split.apply(x, dim, group)
+    out: Tensor = collectives.own_part(x, dim, group)
     return out
 
 
@@ -63,22 +63,6 @@ def join(x: Tensor, dim: int, group: str) -> Tensor:
     """The whole value from every rank's part; each rank keeps its part of the (whole) gradient."""
     out: Tensor = _Join.apply(x, dim, group)
     return out
-
-
-def _own_part(x: Tensor, dim: int, group: str) -> Tensor:
-    process_group = collectives._resolve_process_group(group)
-    return x.chunk(process_group.size(), dim=dim)[process_group.rank()].contiguous()
-
-
-class _Split(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, dim: int, group: str) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.dim, ctx.group = dim, group
-        return _own_part(x, dim, group)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
-        return collectives.gather(grad, ctx.dim, ctx.group), None, None
 
 
 class _Join(torch.autograd.Function):
@@ -89,7 +73,7 @@ class _Join(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
-        return _own_part(grad, ctx.dim, ctx.group), None, None
+        return collectives.own_part(grad, ctx.dim, ctx.group), None, None
 
 
 _SHARD_TO_USE = ("shard", "whole", "partial", "shard", collectives.gather)

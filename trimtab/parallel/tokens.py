@@ -48,6 +48,10 @@ class TokenShard:
             queries = [torch.cat([chunks[r], chunks[2 * cp - 1 - r]]) for r in range(cp)]
         return TokenShard(queries[cp_rank], queries[cp_rank].chunk(tp)[tp_rank], torch.cat(queries))
 
+    def to(self, device: torch.device) -> "TokenShard":
+        """The same shard with its index tensors on a device."""
+        return TokenShard(self.queries_c.to(device), self.own_s.to(device), self.keys_S.to(device))
+
     @property
     def is_whole(self) -> bool:
         """Whether this rank holds all tokens."""

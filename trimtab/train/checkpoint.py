@@ -1,42 +1,56 @@
 """Checkpoints: a fresh directory for each, complete or absent, and a pointer that moves last.
 
-    checkpoints/step-000100/            model and optimiser (torch.distributed.checkpoint),
+    checkpoints/step-000100/            model and optimiser (torch.distributed.checkpoint), a file of each rank,
                             trainer.pt  everything else that a bitwise resumption needs,
                             manifest.json  size and hash of each file
     checkpoints/latest                  name of the newest complete checkpoint
 
 A save writes into a hidden directory, renames it, then moves the pointer. A process killed at any moment
 leaves the last good checkpoint as it was.
+
+All ranks write into one directory, so the run directory must be on a file system that all nodes share. Ranks save
+and load together, and fail together: a rank that cannot write keeps the pointer where it is, for all.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from trimtab.train.checkpoint_state import (
+    LocalState,
+    OptimizerState,
+    Saved,
+    State,
+    shortened,
+    write_state,
+)
+from trimtab.train.together import RanksFailedError, gathered, on_all_ranks, rank_and_size
 
 CHECKPOINT_FOLDER = "checkpoints"
 _POINTER, _MANIFEST, _TRAINER = "latest", "manifest.json", "trainer.pt"
 _STEP_NAME = re.compile(r"step-(\d{6,})")
 _UNFINISHED = ".unfinished-"
+_PER_RANK = "per_rank"
+_Files = dict[str, tuple[int, str]]  # size and hash by name
 
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing, incomplete or of another run."""
+
+
+class CheckpointSaveError(CheckpointError, OSError):
+    """A checkpoint that cannot be written: a full disk, or a rank that failed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,43 +102,67 @@ class Checkpointer:
         self.keep = keep
 
     def save(
-        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, trainer: Mapping[str, Any]
+        self,
+        step: int,
+        model: nn.Module | Sequence[nn.Module],
+        optimizer: torch.optim.Optimizer,
+        trainer: Mapping[str, Any],
+        *,
+        per_rank: Mapping[str, Any] | None = None,
     ) -> Path:
-        """Write the checkpoint of a step, whole or not at all.
+        """Write the checkpoint of a step, whole or not at all. All ranks call it.
 
         Args:
             step: optimiser steps done.
-            model: its parameters and buffers are saved, expert biases with them.
-            optimizer: its state is saved under parameter names.
-            trainer: everything else; tensors, numbers, strings, and containers of them.
+            model: the parts of the model that this rank holds, one or several; parameters and buffers are
+                saved under the names of the whole model, expert biases with them.
+            optimizer: of all parts; its state is saved under parameter names, without settings such as rates.
+            trainer: everything else that is the same on all ranks; tensors, numbers, strings, and containers
+                of them. The first rank's is saved.
+            per_rank: likewise, what is this rank's own.
 
         Returns:
             The checkpoint's directory.
+
+        Raises:
+            CheckpointSaveError: it cannot be written; on every rank, whichever failed. The last checkpoint is
+                as it was.
         """
+        rank, _ = rank_and_size()
         final = self.folder / f"step-{step:06d}"
-        unfinished = self.folder / f"{_UNFINISHED}{final.name}-{os.getpid()}"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob(f"{_UNFINISHED}*"):
-            shutil.rmtree(leftover)
-        unfinished.mkdir()
-        model_state, optimizer_state = get_state_dict(model, optimizer)
-        with _one_process():
-            dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=unfinished)
-        torch.save(dict(trainer), unfinished / _TRAINER)
-        manifest = {
-            path.name: {"size": path.stat().st_size, "sha256": _sha256(path)}
-            for path in sorted(unfinished.iterdir())
-        }
-        _write_durably(unfinished / _MANIFEST, json.dumps({"step": step, "files": manifest}, indent=1))
-        if final.exists():  # the same step again, after a resumption from an older one
-            os.rename(final, self.folder / f"{_UNFINISHED}replaced-{final.name}")
-        os.rename(unfinished, final)
-        _sync_folder(self.folder)
-        pointer = self.folder / f"{_POINTER}.new"
-        _write_durably(pointer, final.name + "\n")
-        os.replace(pointer, self.folder / _POINTER)
-        _sync_folder(self.folder)
-        self._drop_old(final)
+        modules = [model] if isinstance(model, nn.Module) else list(model)
+
+        def written() -> tuple[_Files, Mapping[str, Any] | None]:
+            return _hashed(unfinished.glob(f"__{rank}_*")), per_rank
+
+        def publish(everyones: list[tuple[_Files, Mapping[str, Any] | None]]) -> None:
+            state = {**trainer, _PER_RANK: [own for _, own in everyones]}
+            with (unfinished / _TRAINER).open("wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            files = _hashed([unfinished / ".metadata", unfinished / _TRAINER])
+            for other, (theirs, _) in enumerate(everyones):
+                _check_visible(unfinished, theirs, other)
+                files |= theirs
+            self._publish(step, unfinished, final, files)
+
+        try:
+            unfinished = gathered(lambda: final.name, self._make_directory)
+            state = on_all_ranks(lambda: LocalState(modules, optimizer).saved())
+            write_state(state, unfinished)
+            gathered(written, publish)
+        except RanksFailedError as error:
+            latest = self.latest()
+            rest = f"the last good one, {latest}, is as it was" if latest else "there is no earlier one"
+            raise CheckpointSaveError(f"checkpoint {final} cannot be saved: {error}; {rest}") from error
+        try:
+            gathered(lambda: None, lambda _: self._drop_old(final))
+        except RanksFailedError as error:
+            raise CheckpointSaveError(
+                f"checkpoint {final} is saved, but older ones cannot be removed: {error}; remove them by hand, "
+                "or keep all with checkpoint.keep 0"
+            ) from error
         return final
 
     def latest(self) -> Path | None:
@@ -137,34 +175,106 @@ class Checkpointer:
         return max(self._all(), default=None, key=_step_of)
 
     def read_trainer(self, path: Path) -> dict[str, Any]:
-        """Check a checkpoint's files against its manifest and return its trainer state.
+        """Check a checkpoint's files against its manifest and return its trainer state. All ranks call it.
+
+        Each rank reads its share of the files for that.
+
+        Returns:
+            What was saved as ``trainer``, and under "per_rank" what this rank saved as its own; None if the
+            number of ranks was another.
 
         Raises:
-            CheckpointError: a file is missing, cut short or altered.
+            CheckpointError: a file is missing, cut short or altered; on every rank.
         """
-        problem = _problem(path)
-        if problem is not None:
-            raise CheckpointError(f"checkpoint {path} {problem}; {self._way_out(path)}")
-        state = torch.load(path / _TRAINER, map_location="cpu", weights_only=True)
-        assert isinstance(state, dict)
-        return state
-
-    def load(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Read model and optimiser from a checkpoint, in place.
-
-        Raises:
-            CheckpointError: its tensors do not fit the model.
-        """
-        model_state, optimizer_state = get_state_dict(model, optimizer)
+        rank, num_ranks = rank_and_size()
         try:
-            with _one_process():
-                dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=path)
-        except Exception as error:  # every cause (missing key, other shape) has its own class in there
-            raise CheckpointError(
-                f"checkpoint {path} does not fit {type(model).__name__}: {error}; resume with the configuration "
-                "it was saved with"
-            ) from error
-        set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
+            problem = self._problem(path)
+            if problem is not None:
+                raise CheckpointError(f"checkpoint {path} {problem}; {self._way_out(path)}")
+            state: dict[str, Any] = on_all_ranks(
+                lambda: torch.load(path / _TRAINER, map_location="cpu", weights_only=True)
+            )
+        except RanksFailedError as error:
+            raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
+        everyones = state.get(_PER_RANK) or []
+        return {**state, _PER_RANK: everyones[rank] if len(everyones) == num_ranks else None}
+
+    def load(
+        self, path: Path, model: nn.Module | Sequence[nn.Module], optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Read model and optimiser from a checkpoint, in place. All ranks call it.
+
+        The ranks and how they divide the model need not be those that saved it.
+
+        Args:
+            path: the checkpoint.
+            model: the parts of the model that this rank holds, one or several.
+            optimizer: of all parts. It keeps its settings and gets the state of its parameters.
+
+        Raises:
+            CheckpointError: its tensors are not those of the model, or cannot be read; on every rank.
+        """
+        modules = [model] if isinstance(model, nn.Module) else list(model)
+
+        def prepare() -> tuple[Saved, LocalState, State, OptimizerState]:
+            saved, local = Saved.read(path), LocalState(modules, optimizer)
+            return saved, local, *local.targets(saved)
+
+        def conclude(everyones: list[tuple[list[str], bytes]]) -> list[str]:
+            lines = [line for misfits, _ in everyones for line in misfits]
+            return [*dict.fromkeys(lines), *saved.surplus([needed for _, needed in everyones])]
+
+        try:
+            saved, local, state, optimizer_state = on_all_ranks(prepare)
+            problems = gathered(lambda: (saved.misfits(state), saved.needed(state)), conclude)
+            if problems:
+                name = type(modules[0]).__name__.removeprefix("FSDP")
+                raise CheckpointError(
+                    f"checkpoint {path} does not fit {name}: {shortened(problems)}; resume with the configuration "
+                    "it was saved with"
+                )
+            on_all_ranks(lambda: saved.fill(state))
+            on_all_ranks(lambda: local.restore(optimizer_state))
+        except RanksFailedError as error:
+            raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
+
+    def _make_directory(self, names: list[str]) -> Path:
+        """An empty hidden directory for the checkpoint that all ranks are about to save."""
+        if len(set(names)) > 1:
+            raise ValueError(f"ranks save different steps: {', '.join(sorted(set(names)))}")
+        unfinished = self.folder / f"{_UNFINISHED}{names[0]}-{os.getpid()}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob(f"{_UNFINISHED}*"):
+            shutil.rmtree(leftover)
+        unfinished.mkdir()
+        return unfinished
+
+    def _publish(self, step: int, unfinished: Path, final: Path, files: _Files) -> None:
+        """Give a complete directory its manifest and its name, then move the pointer to it."""
+        entries = {name: {"size": size, "sha256": sha256} for name, (size, sha256) in sorted(files.items())}
+        _write_durably(unfinished / _MANIFEST, json.dumps({"step": step, "files": entries}, indent=1))
+        _sync_folder(unfinished)
+        if final.exists():  # the same step again, after a resumption from an older one
+            os.rename(final, self.folder / f"{_UNFINISHED}replaced-{final.name}")
+        os.rename(unfinished, final)
+        _sync_folder(self.folder)
+        pointer = self.folder / f"{_POINTER}.new"
+        _write_durably(pointer, final.name + "\n")
+        os.replace(pointer, self.folder / _POINTER)
+        _sync_folder(self.folder)
+
+    def _problem(self, path: Path) -> str | None:
+        """What is wrong with a checkpoint's files, or None; every rank checks its share of them."""
+        rank, num_ranks = rank_and_size()
+        expected = gathered(lambda: path, _read_manifest)
+        if expected is None:
+            return f"has no readable {_MANIFEST}: it is incomplete"
+        share = sorted(expected.items())[rank::num_ranks]
+
+        def check() -> str | None:
+            return next(filter(None, (_altered(path / name, *entry) for name, entry in share)), None)
+
+        return gathered(check, lambda found: next(filter(None, found), None))
 
     def _all(self) -> list[Path]:
         if not self.folder.is_dir():
@@ -184,9 +294,10 @@ class Checkpointer:
             shutil.rmtree(gone)
 
     def _way_out(self, broken: Path) -> str:
-        intact = [path for path in self._all() if path != broken and _problem(path) is None]
-        if intact:
-            return f"an intact one is there: resume from it with --checkpoint.resume {intact[-1]}"
+        others = gathered(lambda: None, lambda _: [path for path in self._all() if path != broken])
+        for path in reversed(others):
+            if self._problem(path) is None:
+                return f"an intact one is there: resume from it with --checkpoint.resume {path}"
         return "no other checkpoint of this run is intact; start again with --checkpoint.resume never"
 
 
@@ -217,22 +328,40 @@ def locate(path: Path) -> tuple[Path, Path | None]:
     return run_dir, checkpoint
 
 
-def _problem(path: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None."""
+def _read_manifest(paths: list[Path]) -> _Files | None:
+    """Files that a checkpoint should have; None without a readable manifest."""
+    if len(set(paths)) > 1:
+        raise ValueError(f"ranks read different checkpoints: {', '.join(sorted(set(map(str, paths))))}")
     try:
-        files = json.loads((path / _MANIFEST).read_text())["files"]
-        expected = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
+        files = json.loads((paths[0] / _MANIFEST).read_text())["files"]
+        return {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"has no readable {_MANIFEST}: it is incomplete"
-    for name, (size, sha256) in expected.items():
-        file = path / name
-        if not file.is_file():
-            return f"lacks its file {name}"
-        if file.stat().st_size != size:
-            return f"is corrupted: {name} has {file.stat().st_size} bytes, saved were {size}"
-        if _sha256(file) != sha256:
-            return f"is corrupted: the content of {name} is not what was saved"
+        return None
+
+
+def _altered(file: Path, size: int, sha256: str) -> str | None:
+    """How a file is not what was saved, or None."""
+    if not file.is_file():
+        return f"lacks its file {file.name}"
+    if file.stat().st_size != size:
+        return f"is corrupted: {file.name} has {file.stat().st_size} bytes, saved were {size}"
+    if _sha256(file) != sha256:
+        return f"is corrupted: the content of {file.name} is not what was saved"
     return None
+
+
+def _check_visible(folder: Path, files: _Files, rank: int) -> None:
+    for name, (size, _) in files.items():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != size:
+            raise OSError(
+                f"the first rank does not see {name} as rank {rank} wrote it; put the run directory on a file "
+                "system that all nodes share (dump_folder)"
+            )
+
+
+def _hashed(files: Iterable[Path]) -> _Files:
+    return {file.name: (file.stat().st_size, _sha256(file)) for file in files}
 
 
 def _step_of(path: Path) -> int:
@@ -257,17 +386,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _one_process() -> Iterator[None]:
-    """Save or load as one process: torch's remark that there is one is silenced, and errors are plain ones."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="torch.distributed is disabled, unavailable or uninitialized"
-        )
-        try:
-            yield
-        except CheckpointException as error:  # a BaseException around what went wrong on each rank
-            cause, _ = next(iter(error.failures.values()))
-            raise cause from None

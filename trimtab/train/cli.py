@@ -1,20 +1,25 @@
-"""The command line: ``trimtab train``, ``trimtab report``, ``trimtab configs``.
+"""The command line: ``trimtab train``, ``trimtab plan``, ``trimtab configs``, ``trimtab report``.
 
-Nothing heavy is imported before a command needs it.
+Nothing heavy is imported before a command needs it. `trimtab train` with several processes checks everything in
+this one, starts them, and each of them runs the same command as torchrun would.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from trimtab.train.config import TrainConfig
+    from trimtab.train.launch import LaunchConfig
 
 _HELP = """\
 usage: trimtab COMMAND ...
@@ -23,6 +28,7 @@ Train Mixture-of-Experts language models with balanced experts.
 
 commands:
   train      train a model: trimtab train --module deepseek_v3 --config deepseek_v3_debugmodel
+  plan       check a run on any number of ranks without them, and print what it would be
   configs    list the modules and their configs
   report     write the HTML report of a run again: trimtab report runs/NAME
 
@@ -37,17 +43,28 @@ Train a model. A config is a Python function that returns all settings; flags ov
   --module NAME   family of the model, see `trimtab configs` (default: deepseek_v3)
   --config NAME   config of that family (default: deepseek_v3_debugmodel)
 
+Processes:
+  --nproc N         processes on this machine (default: 1); parallelism.* says how they divide the work
+  --nnodes N        machines (default: 1); each runs the same command with its own --node-rank
+  --node-rank I     number of this machine, from 0
+  --master-addr A   name or address of machine 0
+  --master-port P   free port of machine 0 (default: 29500)
+The variable LOG_RANK names the ranks that print, as in 0,1 (default: 0). Started by torchrun, the command takes
+its processes from there instead.
+
 Examples:
   trimtab train --training.steps 1000 --data.source my.jsonl code=src/
   trimtab train --run-name first          # started again, it continues
   trimtab train --checkpoint.resume runs/NAME
   trimtab train --config deepseek_v3_debugmodel_global_batch --training.mixed-precision bfloat16
+  trimtab train --nproc 4 --parallelism.pipeline-parallel-degree 2 --parallelism.expert-parallel-degree 2
 
 How experts are balanced is part of the model's config, in Python, and has no flag.
 The defaults below are those of {name}.\
 """
 
-_COMMANDS = ("train", "configs", "report")
+_COMMANDS = ("train", "plan", "configs", "report")
+_LAUNCH_OPTIONS = {"nproc": int, "nnodes": int, "node_rank": int, "master_addr": str, "master_port": int}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -69,12 +86,19 @@ def main(argv: list[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning  # type: ignore[assignment]
         try:
-            return {"train": _train, "configs": _configs, "report": _report}[command](rest)
+            return {"train": _train, "plan": _plan, "configs": _configs, "report": _report}[command](rest)
         except ValueError as error:
             return _fail(str(error))
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
             return 130
+        except Exception as error:
+            from trimtab.train.launch import is_launched, record_failure
+
+            record_failure(f"{type(error).__name__}: {error}", status=1, error=error)
+            if not is_launched():
+                raise
+            return 1
 
 
 def parse_train(argv: list[str]) -> tuple[TrainConfig, str]:
@@ -108,25 +132,88 @@ def parse_train(argv: list[str]) -> tuple[TrainConfig, str]:
     return config, name
 
 
-def _train(argv: list[str]) -> int:
-    from trimtab.train.logging import is_quiet
+def parse_launch(argv: list[str]) -> tuple[LaunchConfig, list[str]]:
+    """Take the options that say which processes to start out of the arguments of ``trimtab train``.
 
-    world_size = os.environ.get("WORLD_SIZE", "1")
-    if world_size != "1":
-        return _fail(
-            f"WORLD_SIZE={world_size}, but this version trains in one process; start it without torchrun, or "
-            "attach trimtab's balancer in a distributed trainer (trimtab.attach)"
+    Returns:
+        These options, and the arguments without them.
+
+    Raises:
+        ValueError: a value out of range.
+        SystemExit: a value cannot be read.
+    """
+    from trimtab.train.launch import LaunchConfig
+
+    parser = argparse.ArgumentParser(prog="trimtab train", add_help=False, allow_abbrev=False)
+    for name, kind in _LAUNCH_OPTIONS.items():
+        flags = {f"--{name}", f"--{name.replace('_', '-')}"}
+        parser.add_argument(*sorted(flags), dest=name, type=kind, default=argparse.SUPPRESS)
+    given, rest = parser.parse_known_args(argv)
+    return LaunchConfig(**vars(given)), rest
+
+
+def _train(argv: list[str]) -> int:
+    from trimtab.train.logging import is_quiet, log_ranks
+
+    ranks, quiet = log_ranks(), is_quiet()
+    processes, rest = parse_launch(argv)
+    started = os.environ.get("WORLD_SIZE")  # by torchrun, or by `launch`
+    if started is not None and processes.world_size > 1:
+        raise ValueError(
+            f"--nproc and --nnodes start processes, but torchrun already started WORLD_SIZE={started}; give the "
+            "number to one of them"
         )
-    quiet = is_quiet()
-    config, name = parse_train(argv)
+    world_size = _number("WORLD_SIZE") if started is not None else processes.world_size
+    num_local = _number("LOCAL_WORLD_SIZE") if started is not None else processes.nproc
+    with _told_once():
+        config, name = parse_train(rest)
+        _check(config, world_size, num_local)
+        if ranks[-1] >= world_size:
+            named = ",".join(map(str, ranks))
+            warnings.warn(
+                f"LOG_RANK={named} names rank {ranks[-1]}, but the last rank of this run is {world_size - 1}",
+                stacklevel=1,
+            )
+    if processes.world_size > 1:
+        from trimtab.train.launch import launch
+
+        return launch([sys.executable, "-m", "trimtab.train.cli", "train", *rest], processes, log_ranks=ranks)
+    return _run(config, name, quiet=quiet)
+
+
+def _check(config: TrainConfig, world_size: int, num_local: int) -> None:
+    """Everything that can be known before processes meet.
+
+    Raises:
+        ValueError: the configuration cannot be run by so many processes, or on this machine's devices.
+    """
+    config.for_world(world_size)
+    from trimtab.train.compute import check_precision, find_device
+
+    device = find_device(config.training.device)
+    check_precision(config.training.mixed_precision, device)
+    if device.type == "cuda":
+        import torch
+
+        if num_local > (num_gpus := torch.cuda.device_count()):
+            raise ValueError(
+                f"{num_local} processes on this machine need a GPU each, and it has {num_gpus}; start "
+                f"{num_gpus} (NGPU or --nproc), or set training.device to cpu"
+            )
+
+
+def _run(config: TrainConfig, name: str, *, quiet: bool) -> int:
+    """Train in this process, alone or as one rank."""
+    from trimtab.train.launch import is_launched, prepare_rank
     from trimtab.train.trainer import Trainer, TrainingError
 
+    if is_launched():
+        prepare_rank()
     trainer = Trainer(config, name=name, quiet=quiet)
     try:
         result = trainer.train()
     except (TrainingError, OSError) as error:  # a full disk is no bug either
-        print(f"trimtab: the run stopped at step {trainer.step}: {error}", file=sys.stderr)
-        return 1
+        return _fail(f"the run stopped at step {trainer.step}: {error}", status=1)
     if not quiet:
         print(f"\n{result.status} at step {result.step}")
         print(f"run directory: {result.run_dir.resolve()}")
@@ -135,6 +222,12 @@ def _train(argv: list[str]) -> int:
         if result.status == "interrupted" and config.checkpoint.enable:
             print(f"continue with: --checkpoint.resume {result.run_dir}")
     return 0 if result.signal is None else 128 + result.signal
+
+
+def _plan(argv: list[str]) -> int:
+    from trimtab.train.dry_run import plan_command
+
+    return plan_command(argv)
 
 
 def _configs(argv: list[str]) -> int:
@@ -183,7 +276,7 @@ def _unknown_options(unknown: list[str], default: object) -> str:
             found += inner or [f"{prefix}{field.name}"]
         return found
 
-    known = ["module", "config", *names(default, "")]
+    known = ["module", "config", *_LAUNCH_OPTIONS, *names(default, "")]
     by_last = {name.rpartition(".")[2]: name for name in known}
     lines = []
     for option in unknown:
@@ -209,14 +302,51 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: object) -
     print(f"warning: {message}", file=sys.stderr)
 
 
-def _fail(message: str) -> int:
-    print(f"trimtab: {message}", file=sys.stderr)
-    return 2
+@contextlib.contextmanager
+def _told_once() -> Iterator[None]:
+    """Silence on all ranks of a machine but one about what every rank finds alike, or its starter has told."""
+    from trimtab.train.launch import is_launched
+
+    if not is_launched() and os.environ.get("LOCAL_RANK", "0") == "0":
+        yield
+        return
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    except ValueError as error:
+        raise SystemExit(2) from error
+
+
+def _number(name: str) -> int:
+    """A number of processes in the environment.
+
+    Raises:
+        ValueError: it is none.
+    """
+    given = os.environ.get(name, "1")
+    if not given.isdecimal() or int(given) < 1:
+        raise ValueError(f"{name}={given!r} must be a positive number; torchrun sets it")
+    return int(given)
+
+
+def _fail(message: str, *, status: int = 2) -> int:
+    """Tell an error, or leave it to the process that started this one."""
+    from trimtab.train.launch import is_launched, record_failure
+
+    record_failure(message, status=status)
+    if not is_launched():
+        print(f"trimtab: {message}", file=sys.stderr)
+    return status
 
 
 def run() -> NoReturn:
     """Entry point of ``python -m trimtab.train.cli``."""
-    raise SystemExit(main())
+    from trimtab.train.launch import is_launched, leave
+
+    status = main()
+    if status and is_launched():
+        leave(status)
+    raise SystemExit(status)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+from trimtab.parallel.zero_bubble import HasCurrent, keep_microbatch
+
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["none", "bfloat16"]
 
-# Products of matrices are what recomputation costs; everything else is cheap to compute again.
+# Products of matrices and exchanges between ranks are what recomputation costs; the rest is cheap.
 _EXPENSIVE = (
     "aten::mm",
     "aten::bmm",
@@ -25,6 +27,10 @@ _EXPENSIVE = (
     "aten::_scaled_dot_product_efficient_attention",
     "aten::_scaled_dot_product_attention_math",
     "trimtab::grouped_mm",
+    "trimtab::gather",
+    "trimtab::reduce_scatter",
+    "trimtab::exchange_counts",
+    "trimtab::exchange_rows",
 )
 
 
@@ -63,8 +69,12 @@ class ActivationCheckpointConfig:
 
     mode: Literal["none", "selective", "full"] = "none"
 
-    def apply(self, model: nn.Module) -> None:
+    def apply(self, model: nn.Module, contexts: Sequence[HasCurrent] = ()) -> None:
         """Switch checkpointing on in place.
+
+        Args:
+            model: the model, or a pipeline stage of it.
+            contexts: of its balancers, read when a layer runs.
 
         Raises:
             ValueError: the model has no checkpointing.
@@ -79,12 +89,10 @@ class ActivationCheckpointConfig:
                 f"activation_checkpoint.mode={self.mode!r}: {type(model).__name__} has no checkpointing; "
                 "set activation_checkpoint.mode to none"
             )
-        arguments: dict[str, Any] = {"use_reentrant": False}
+        context_fn = None
         if self.mode == "selective":
-            arguments["context_fn"] = functools.partial(
-                create_selective_checkpoint_contexts, keep_products_of_matrices
-            )
-        enable(arguments)
+            context_fn = functools.partial(create_selective_checkpoint_contexts, keep_products_of_matrices)
+        enable({"use_reentrant": False, "context_fn": keep_microbatch(contexts, context_fn)})
 
 
 def keep_products_of_matrices(
@@ -94,22 +102,6 @@ def keep_products_of_matrices(
     if operator.name().split(".")[0] in _EXPENSIVE:
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The repeated layers of a model: the first list of modules that are all decoder layers.
-
-    Raises:
-        ValueError: the model has none.
-    """
-    for module in model.modules():
-        if (
-            isinstance(module, nn.ModuleList)
-            and len(module)
-            and all("Layer" in type(m).__name__ for m in module)
-        ):
-            return list(module)
-    raise ValueError(f"{type(model).__name__} has no list of decoder layers; set compile.enable to false")
 
 
 def find_device(device: Device) -> torch.device:

@@ -6,13 +6,16 @@ import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
+from trimtab.parallel.tokens import TokenShard
+from trimtab.scale import Order
 from trimtab.train.checkpoint import CheckpointConfig
 from trimtab.train.compute import ActivationCheckpointConfig, CompileConfig, Device, Precision
-from trimtab.train.data import DataConfig
+from trimtab.train.data import DataConfig, TokenLoader
 from trimtab.train.evaluation import ValidationConfig
 from trimtab.train.logging import MetricsConfig
 from trimtab.train.model import ModelConfig
 from trimtab.train.optim import LRSchedulerConfig, OptimizerConfig
+from trimtab.train.parallelism import ParallelismConfig, ResolvedRun, divide_batch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,13 +24,16 @@ class TrainingConfig:
 
     Args:
         steps: optimiser steps.
-        global_batch_size: rows of ``data.seq_len`` tokens in an optimiser step, a multiple of
-            ``data.microbatch_size``: gradients are accumulated over the quotient. None: one microbatch.
+        global_batch_size: rows of ``data.seq_len`` tokens in an optimiser step, over all data ranks. Outside a
+            pipeline gradients are accumulated over as many forwards of ``data.microbatch_size`` rows as that
+            takes. None: ``data.microbatch_size`` rows on each data rank.
         max_norm: gradients are scaled down to this norm; None leaves them.
         seed: of the initial weights and of everything random in the model. Data have their own.
         device: "auto" takes the GPU where there is one.
         mixed_precision: "bfloat16" computes the model's forward under autocast, with float32 weights,
             routers and loss; "none" computes in float32.
+        timeout_seconds: longest wait of a process for the others before it fails: longer than a compilation
+            or a checkpoint takes.
 
     Raises:
         ValueError: a value out of range.
@@ -39,6 +45,7 @@ class TrainingConfig:
     seed: int = 0
     device: Device = "auto"
     mixed_precision: Precision = "none"
+    timeout_seconds: int = 600
 
     def __post_init__(self) -> None:
         """Validate."""
@@ -54,6 +61,10 @@ class TrainingConfig:
             )
         if self.seed < 0:
             raise ValueError(f"seed={self.seed} must be at least 0; raise training.seed")
+        if self.timeout_seconds < 1:
+            raise ValueError(
+                f"timeout_seconds={self.timeout_seconds} must be at least 1; raise training.timeout_seconds"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +75,7 @@ class TrainConfig:
         model: the model and how its experts are balanced.
         data: text, tokenizer, and the shape and order of microbatches.
         training: the loop.
+        parallelism: how the run is divided among processes.
         optimizer: AdamW.
         lr_scheduler: warm-up, plateau and decay of the learning rate.
         compile: torch.compile of decoder layers.
@@ -82,6 +94,7 @@ class TrainConfig:
     model: ModelConfig
     data: DataConfig
     training: TrainingConfig
+    parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lr_scheduler: LRSchedulerConfig = field(default_factory=LRSchedulerConfig)
     compile: CompileConfig = field(default_factory=CompileConfig)
@@ -95,7 +108,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Validate what no section can see alone."""
         global_size, micro_size = self.training.global_batch_size, self.data.microbatch_size
-        if global_size is not None and global_size % micro_size:
+        if global_size is None and micro_size is None:
+            raise ValueError(
+                "training.global_batch_size=None and data.microbatch_size=None: nothing says how many rows a step "
+                "takes; set one of them"
+            )
+        if global_size is not None and micro_size is not None and global_size % micro_size:
             raise ValueError(
                 f"training.global_batch_size={global_size} must be a multiple of data.microbatch_size="
                 f"{micro_size}; change one of them"
@@ -106,13 +124,8 @@ class TrainConfig:
                 "lower data.seq_len or raise model.max_seq_len"
             )
         self.lr_scheduler.phases(self.training.steps)
-        self.model.balancing.check(
-            self.model.num_experts,
-            self.model.top_k,
-            grouped=self.model.grouped,
-            has_bias=self.model.has_expert_bias,
-            num_microbatches=self.num_microbatches,
-        )
+        # What no number of processes could mend; the rest is known in `for_world`.
+        self._check_balancing(num_microbatches=1)
         if self.validation.enable and self.data.validation_fraction == 0:
             raise ValueError(
                 "validation.enable is set, but data.validation_fraction=0 holds no text out; raise it, or give "
@@ -126,14 +139,78 @@ class TrainConfig:
         if not self.dump_folder:
             raise ValueError("dump_folder='' names no folder; set it, for example to runs")
 
-    @property
-    def num_microbatches(self) -> int:
-        """Forwards of one optimiser step, M."""
-        return (self.training.global_batch_size or self.data.microbatch_size) // self.data.microbatch_size
+    def for_world(self, world_size: int) -> ResolvedRun:
+        """What this configuration is with so many processes: the check of all that depends on their number.
+
+        Raises:
+            ValueError: it cannot be run so; the message says what to change.
+        """
+        parallelism, balancing = self.parallelism, self.model.balancing
+        degrees = parallelism.resolve(world_size)
+        self.model.check_parallel(degrees)
+        try:
+            TokenShard.make(self.data.seq_len, cp=degrees.cp, tp=degrees.tp)
+        except ValueError as error:
+            raise ValueError(
+                f"data.{error}; change data.seq_len, parallelism.context_parallel_degree (cp) or "
+                "parallelism.tensor_parallel_degree (tp)"
+            ) from None
+        B, M = divide_batch(
+            parallelism,
+            degrees.data,
+            global_batch_size=self.training.global_batch_size,
+            microbatch_size=self.data.microbatch_size,
+        )
+        order = parallelism.order(balancing.order)
+        try:
+            self._check_balancing(num_microbatches=M, order=order)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}. num_microbatches={M} is training.global_batch_size={M * B * degrees.data} / (data ranks="
+                f"{degrees.data} * {parallelism.microbatch_option}={B})"
+            ) from None
+        plan = parallelism.plan(num_layers=self.model.num_layers, num_microbatches=M)
+        return ResolvedRun(degrees=degrees, microbatch_size=B, num_microbatches=M, order=order, pipeline=plan)
+
+    def _check_balancing(self, *, num_microbatches: int, order: Order | None = None) -> None:
+        self.model.balancing.check(
+            self.model.num_experts,
+            self.model.top_k,
+            grouped=self.model.grouped,
+            has_bias=self.model.has_expert_bias,
+            num_microbatches=num_microbatches,
+            order=order,
+        )
+
+    def build_loader(self, run: ResolvedRun, *, data_rank: int = 0) -> TokenLoader:
+        """The data of one data rank; see `DataConfig.build`.
+
+        Args:
+            run: this configuration with its number of processes.
+            data_rank: in [0, run.degrees.data).
+
+        Raises:
+            ValueError: the data cannot be read.
+        """
+        return self.data.build(
+            rank=data_rank,
+            world_size=run.degrees.data,
+            microbatch_size=run.microbatch_size,
+            global_batch_size=run.global_batch_size,
+        )
 
 
-# What may differ between a run and its resumption: nothing here changes a parameter.
-_FREE = ("dump_folder", "run_name", "checkpoint", "metrics", "validation", "data.max_validation_microbatches")
+# What may differ between a run and its resumption: nothing here changes what is computed, up to rounding.
+_FREE = (
+    "dump_folder",
+    "run_name",
+    "checkpoint",
+    "metrics",
+    "validation",
+    "data.max_validation_microbatches",
+    "parallelism",
+    "training.timeout_seconds",
+)
 
 
 def to_dict(value: Any) -> Any:

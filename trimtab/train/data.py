@@ -1,8 +1,9 @@
 """The data loader: an endless, resumable sequence of microbatches of fixed shape.
 
-Microbatch g of a run is a function of the configuration, the text and g alone. Data rank r of R reads the
-microbatches r, R + r, 2 R + r, ...; so what is trained on does not depend on the number of ranks, and the
-position in the data is one integer.
+Rows are drawn in chunks, and chunk g of a run is a function of the configuration, the text and g alone. A
+microbatch is B neighbouring rows of that sequence, usually one chunk, and data rank r of R reads the
+microbatches r, R + r, 2 R + r, ...; so what an optimiser step is trained on depends neither on the number of
+ranks nor on B, and the position in the data is one integer.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from trimtab.train.packing import (
     PackedRows,
     PaddedRows,
     Permute,
+    Rows,
     RowStream,
     TokenBatch,
     in_order,
@@ -43,7 +45,9 @@ class DataConfig:
 
     Args:
         seq_len: S, tokens of a row; at least 2.
-        microbatch_size: B, rows of a microbatch on one data rank.
+        microbatch_size: rows that are drawn together, and rows of one forward on one data rank outside a
+            pipeline. None: all rows of an optimiser step are drawn together, and each data rank's share of
+            them is one forward.
         source: "embedded" (text found on this machine, four domains), "fixed" (10 kB shipped with trimtab,
             the same everywhere), or files and directories of `.txt`, `.jsonl`, `.parquet`, each optionally as
             `domain=path`. A file called "embedded" is "./embedded".
@@ -53,19 +57,20 @@ class DataConfig:
         domain_field: optional field or column of the user's files that holds the domain.
         packing: True: documents one after another, no padding. False: each document has rows of its own,
             padded.
-        domain_pure: each microbatch from one domain, in proportion to the domains' sizes.
+        domain_pure: rows that are drawn together are of one domain, in proportion to the domains' sizes.
         add_bos: open each document with the tokenizer's bos.
         shuffle: new order of the documents (without packing: of the rows) in each epoch; False: the source's.
         seed: of the order.
         validation_fraction: share of every domain's tokens held out, by document, in [0, 0.5].
-        max_validation_microbatches: of each domain, over all data ranks; None: all held-out text.
+        max_validation_microbatches: of each domain, over all data ranks, of as many rows as are drawn
+            together; None: all held-out text.
 
     Raises:
         ValueError: a value out of range.
     """
 
     seq_len: int
-    microbatch_size: int
+    microbatch_size: int | None
     source: str | tuple[str, ...] = "embedded"
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     embedded: EmbeddedCorpusConfig = field(default_factory=EmbeddedCorpusConfig)
@@ -82,8 +87,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         """Check ranges, and warn of settings without effect."""
         for name, least in (("seq_len", 2), ("microbatch_size", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}; raise data.{name}")
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value} must be at least {least}; raise data.{name}")
         if not 0 <= self.validation_fraction <= 0.5:
             raise ValueError(
                 f"validation_fraction={self.validation_fraction} must be in [0, 0.5]; "
@@ -107,15 +113,26 @@ class DataConfig:
                 "data.max_validation_microbatches has no effect with validation_fraction=0", stacklevel=3
             )
 
-    def build(self, *, rank: int = 0, world_size: int = 1) -> TokenLoader:
+    def build(
+        self,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        microbatch_size: int | None = None,
+        global_batch_size: int | None = None,
+    ) -> TokenLoader:
         """Read, check and tokenise all text.
 
         Args:
             rank: data-parallel rank, in [0, world_size).
             world_size: R, number of data-parallel ranks.
+            microbatch_size: B, rows of one forward; None: as the field says.
+            global_batch_size: rows of an optimiser step, which are drawn together where the field is None;
+                None: one forward on each data rank.
 
         Raises:
-            ValueError: the source or the tokenizer can not be read, or a domain is too small to be divided.
+            ValueError: the source or the tokenizer can not be read, a domain is too small to be divided, or
+                nothing says how many rows are drawn together.
         """
         tokenizer = self.tokenizer.build()
         if self.source == "embedded":
@@ -128,7 +145,14 @@ class DataConfig:
         store = tokenize(documents, tokenizer, add_bos=self.add_bos)
         train, validation = split_validation(store, self.validation_fraction)
         return TokenLoader(
-            self, tokenizer=tokenizer, train=train, validation=validation, rank=rank, world_size=world_size
+            self,
+            tokenizer=tokenizer,
+            train=train,
+            validation=validation,
+            rank=rank,
+            world_size=world_size,
+            microbatch_size=microbatch_size,
+            global_batch_size=global_batch_size,
         )
 
 
@@ -142,9 +166,12 @@ class TokenLoader:
         validation: documents held out; may be empty.
         rank: data-parallel rank.
         world_size: R, number of data-parallel ranks.
+        microbatch_size: B, rows of one forward; None: ``config.microbatch_size``.
+        global_batch_size: rows of an optimiser step, which are drawn together where
+            ``config.microbatch_size`` is None; None: one forward on each data rank.
 
     Raises:
-        ValueError: `rank` is not in [0, world_size).
+        ValueError: `rank` is not in [0, world_size), or nothing says how many rows are drawn together.
     """
 
     def __init__(
@@ -156,13 +183,23 @@ class TokenLoader:
         validation: TokenStore,
         rank: int = 0,
         world_size: int = 1,
+        microbatch_size: int | None = None,
+        global_batch_size: int | None = None,
     ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(
                 f"rank={rank} must be in [0, world_size={world_size}); give the data-parallel rank"
             )
+        chunk_size = config.microbatch_size or global_batch_size or (microbatch_size or 0) * world_size
+        if not chunk_size:
+            raise ValueError(
+                "microbatch_size=None draws the rows of an optimiser step together; say global_batch_size=..., "
+                "or set data.microbatch_size"
+            )
         self.config = config
+        self.microbatch_size = microbatch_size if microbatch_size is not None else chunk_size
         self.tokenizer = tokenizer
+        self._chunk_size = chunk_size
         self._rank = rank
         self._world_size = world_size
         self._domains = train.domains
@@ -177,26 +214,25 @@ class TokenLoader:
             [[i] for i in range(len(train.domains))] if config.domain_pure else [[*range(len(train.domains))]]
         )
         self._streams = [self._stream(train, group, shuffle=config.shuffle) for group in groups]
-        B = config.microbatch_size
         for group, stream in zip(groups, self._streams, strict=True):
-            if stream.rows_per_epoch < B:
+            if stream.rows_per_epoch < chunk_size:
                 names = ", ".join(train.domains[i] for i in group)
                 warnings.warn(
                     f"{names}: {stream.rows_per_epoch:.2f} rows of seq_len={config.seq_len} do not fill a "
-                    f"microbatch of {B}: text repeats within it; add text, or lower seq_len or "
+                    f"microbatch of {chunk_size}: text repeats within it; add text, or lower seq_len or "
                     f"microbatch_size",
                     stacklevel=3,
                 )
-        # Microbatches of each stream in a cycle, one pass over the text up to rounding.
+        # Chunks of each stream in a cycle, one pass over the text up to rounding.
         self._per_cycle = np.array(
-            [max(1, round(s.rows_per_epoch / B)) for s in self._streams], dtype=np.int64
+            [max(1, round(s.rows_per_epoch / chunk_size)) for s in self._streams], dtype=np.int64
         )
         # Without the arguments that do not change training microbatches.
         self._fingerprint: dict[str, str | int | bool] = {
             "text": train.fingerprint(),
             "tokenizer": tokenizer.fingerprint,
             "seq_len": config.seq_len,
-            "microbatch_size": B,
+            "microbatch_size": chunk_size,
             "packing": config.packing,
             "domain_pure": config.domain_pure,
             "shuffle": config.shuffle,
@@ -220,36 +256,50 @@ class TokenLoader:
 
     @property
     def microbatches_per_epoch(self) -> int:
-        """Microbatches, over all data ranks, in one pass over the training text, up to rounding."""
+        """Chunks of rows, over all data ranks, in one pass over the training text, up to rounding."""
         return int(self._per_cycle.sum())
 
     @property
     def epoch(self) -> float:
         """Passes over the training text so far, by all data ranks."""
-        return self._num_read * self._world_size / self.microbatches_per_epoch
+        return self._num_rows / (self.microbatches_per_epoch * self._chunk_size)
+
+    @property
+    def _num_rows(self) -> int:
+        """Rows read so far by all data ranks."""
+        return self._num_read * self._world_size * self.microbatch_size
 
     def __iter__(self) -> Iterator[TokenBatch]:
         return self
 
     def __next__(self) -> TokenBatch:
-        stream, number = self._locate(self._num_read * self._world_size + self._rank)
+        first = self._num_rows + self._rank * self.microbatch_size
         self._num_read += 1
-        B = self.config.microbatch_size
+        parts, last = [], first + self.microbatch_size
+        while first < last:
+            chunk, place = divmod(first, self._chunk_size)
+            num_rows = min(last - first, self._chunk_size - place)
+            parts.append(self._read(chunk, place, num_rows))
+            first += num_rows
+        return join_rows(parts).to_batch(self.tokenizer.pad_id)
+
+    def _read(self, chunk: int, place: int, num_rows: int) -> Rows:
+        """Rows [place, place + num_rows) of a chunk."""
+        stream, number = self._locate(chunk)
         if not self.config.shuffle:
-            rows = self._streams[stream].read(number * B, B)
-        else:
-            cycle, place = divmod(number, int(self._per_cycle[stream]))
-            order = self._row_order(stream, cycle)
-            chosen = cycle * len(order) + order[place * B : (place + 1) * B]
-            rows = join_rows([self._streams[stream].read(int(row), 1) for row in chosen])
-        return rows.to_batch(self.tokenizer.pad_id)
+            return self._streams[stream].read(number * self._chunk_size + place, num_rows)
+        cycle, position = divmod(number, int(self._per_cycle[stream]))
+        order = self._row_order(stream, cycle)
+        first = position * self._chunk_size + place
+        chosen = cycle * len(order) + order[first : first + num_rows]
+        return join_rows([self._streams[stream].read(int(row), 1) for row in chosen])
 
     def _row_order(self, stream: int, cycle: int) -> NDArray[np.int64]:
         """Order in which a stream's rows of a cycle are read: neighbours are often of one document."""
         key = (stream, cycle)
         if key not in self._row_orders:
             self._row_orders = {k: order for k, order in self._row_orders.items() if k[0] != stream}
-            num_rows = int(self._per_cycle[stream]) * self.config.microbatch_size
+            num_rows = int(self._per_cycle[stream]) * self._chunk_size
             permute = shuffled(self.config.seed, _ROW_ORDER, stream)
             self._row_orders[key] = permute(cycle, num_rows)
         return self._row_orders[key]
@@ -271,12 +321,13 @@ class TokenLoader:
             raise ValueError(
                 "validation_fraction=0 held nothing out; raise data.validation_fraction to validate"
             )
-        B, R = self.config.microbatch_size, self._world_size
+        B, R = self.microbatch_size, self._world_size
         for domain_id, domain in enumerate(self.domains):
             stream = self._stream(self._validation, [domain_id], shuffle=False)
             num_batches = math.ceil(math.ceil(stream.rows_per_epoch) / B)
             limit = self.config.max_validation_microbatches
-            num_batches = min(num_batches, limit) if limit is not None else num_batches
+            if limit is not None:
+                num_batches = min(num_batches, math.ceil(limit * self._chunk_size / B))
             for index in range(math.ceil(num_batches / R)):
                 number = index * R + self._rank
                 # Beyond the limit too, a rank without a share gets padding rather than text.
@@ -284,17 +335,27 @@ class TokenLoader:
                 yield domain, stream.read_once(first, B).to_batch(self.tokenizer.pad_id)
 
     def state_dict(self) -> dict[str, Any]:
-        """Position in the data; equal on all data ranks, and plain enough for JSON."""
+        """Position in the data; equal on all data ranks, and plain enough for JSON.
+
+        Raises:
+            ValueError: a chunk is read in part, which no end of an optimiser step is.
+        """
+        num_chunks, rest = divmod(self._num_rows, self._chunk_size)
+        if rest:
+            raise ValueError(
+                f"{rest} of {self._chunk_size} rows that are drawn together are read; take the state at the end "
+                "of an optimiser step, whose rows are a multiple of data.microbatch_size"
+            )
         return {
             "version": _STATE_VERSION,
-            "num_microbatches": self._num_read * self._world_size,
+            "num_microbatches": num_chunks,
             "fingerprint": dict(self._fingerprint),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken: the next microbatches are bitwise those of that run.
 
-        The number of data ranks may differ from the one that saved.
+        The number of data ranks and the rows of a forward may differ from those of the run that saved.
 
         Args:
             state: from `state_dict`.
@@ -320,12 +381,13 @@ class TokenLoader:
                 f"not continue that run: restore the settings, or start a new run from its weights alone"
             )
         num_microbatches = int(state["num_microbatches"])
-        if num_microbatches % self._world_size:
+        at_once = self._world_size * self.microbatch_size
+        if num_microbatches * self._chunk_size % at_once:
             raise ValueError(
                 f"the checkpoint was taken after {num_microbatches} microbatches, which do not divide among "
                 f"{self._world_size} data ranks; resume with a number of data ranks that divides it"
             )
-        self._num_read = num_microbatches // self._world_size
+        self._num_read = num_microbatches * self._chunk_size // at_once
 
     def _stream(self, store: TokenStore, domain_ids: list[int], *, shuffle: bool) -> RowStream:
         """Rows of the documents of some domains."""
@@ -338,7 +400,7 @@ class TokenLoader:
         return (PackedRows if self.config.packing else PaddedRows)(part, self.config.seq_len, permute)
 
     def _locate(self, number: int) -> tuple[int, int]:
-        """Stream of a microbatch of the run, and which microbatch of that stream it is."""
+        """Stream of a chunk of the run, and which chunk of that stream it is."""
         if len(self._streams) == 1:
             return 0, number
         cycle, position = divmod(number, self.microbatches_per_epoch)
@@ -348,9 +410,9 @@ class TokenLoader:
         return int(streams[position]), int(numbers[position])
 
     def _schedule(self, cycle: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Order of the streams' microbatches in a cycle.
+        """Order of the streams' chunks in a cycle.
 
-        Stratified: a stream with n microbatches has one at a random moment of each n-th of the cycle. So
+        Stratified: a stream with n chunks has one at a random moment of each n-th of the cycle. So
         every stretch of the run holds the domains in proportion, and nobody can tell which one is next.
         """
         total = self.microbatches_per_epoch

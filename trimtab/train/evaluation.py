@@ -1,22 +1,26 @@
 """Validation: loss of held-out text by domain, and which experts each domain's tokens go to.
 
-Legend: B sequences, S length, T = B S tokens, E experts, K top-k, L MoE layers.
+Legend: B sequences, S length, s tokens of each on this rank, E experts, K top-k, L MoE layers, D domains.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimtab.integrations.discovery import FoundRouter
 from trimtab.metrics import mutual_information
-from trimtab.train.compute import Precision, autocast
+from trimtab.parallel.mesh import Mesh
+from trimtab.parallel.tokens import TokenShard
+from trimtab.reduction import PackedSum
 from trimtab.train.packing import IGNORED_LABEL, TokenBatch
+from trimtab.train.stages import gather_stages
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,109 +46,125 @@ class ValidationConfig:
             )
 
 
-def next_token_loss(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
-    """Sum over label tokens of the cross-entropy of logits at t against the label at t + 1, in float32.
+def next_token_targets(labels_BS: Tensor) -> Tensor:
+    """(B, S) int64 what each position predicts: the label at t + 1; -100 where nothing is predicted."""
+    return F.pad(labels_BS[:, 1:], (0, 1), value=IGNORED_LABEL)
+
+
+def token_loss(logits_BsV: Tensor, targets_Bs: Tensor) -> Tensor:
+    """Sum over tokens that predict something of the cross-entropy of their logits, in float32 or wider.
 
     Args:
-        logits_BSV: (B, S, vocabulary). Gradient flows.
-        labels_BS: (B, S) int64 at the positions of the inputs; -100 where nothing is predicted.
+        logits_BsV: (B, s, vocabulary), of any s positions. Gradient flows.
+        targets_Bs: (B, s) int64 from `next_token_targets`; -100 where nothing is predicted.
 
     Returns:
-        Scalar float32 sum in nats.
+        Scalar sum in nats.
     """
-    logits = logits_BSV[:, :-1].float().flatten(0, 1)
-    return F.cross_entropy(logits, labels_BS[:, 1:].flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
-
-
-def forward(model: nn.Module, batch: TokenBatch, precision: Precision) -> Tensor:
-    """(B, S, vocabulary) logits of one microbatch.
-
-    The model gets positions and no mask: positions that restart separate packed documents, padding stands at
-    the end of a row, where no valid token can see it, and its labels are ignored. With a mask, transformers
-    would not look for documents.
-    """
-    with autocast(precision, batch.input_ids_BS.device):
-        output: Any = model(input_ids=batch.input_ids_BS, position_ids=batch.position_ids_BS, use_cache=False)
-    logits = output.logits
-    assert isinstance(logits, Tensor)
-    return logits
+    logits = logits_BsV.flatten(0, 1)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(logits, targets_Bs.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
 
 
 class LoadCounter:
-    """Forward hook of one router that counts its assignments of valid tokens while switched on.
+    """Forward hook of one router that counts its assignments of valid tokens by domain.
 
     Args:
         router: the router.
+        num_domains: D.
+        device: where the router runs.
     """
 
-    def __init__(self, router: FoundRouter) -> None:
+    def __init__(self, router: FoundRouter, num_domains: int, device: torch.device) -> None:
         self.router = router
         self.valid_mask_T: Tensor | None = None
-        self.counts_E: Tensor | None = None
+        self.domain = 0
+        self.counts_DE = torch.zeros(num_domains, router.num_experts, dtype=torch.int64, device=device)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Count one forward."""
         if self.valid_mask_T is None:
             return
-        router = self.router
-        _, _, ids_TK = router.family.unpack(output, router.top_k)
-        ids = ids_TK.reshape(-1, ids_TK.shape[-1])[self.valid_mask_T]
-        counts_E = torch.zeros(router.num_experts, dtype=torch.int64, device=ids.device)
-        counts_E.scatter_add_(0, ids.flatten(), torch.ones_like(ids.flatten()))
-        self.counts_E = counts_E if self.counts_E is None else self.counts_E + counts_E
+        _, _, ids_TK = self.router.family.unpack(output, self.router.top_k)
+        ids = ids_TK.reshape(-1, ids_TK.shape[-1])[self.valid_mask_T].flatten()
+        self.counts_DE[self.domain].scatter_add_(0, ids, torch.ones_like(ids))
 
 
-@torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    routers: list[FoundRouter],
-    batches: Iterable[tuple[str, TokenBatch]],
-    *,
-    precision: Precision,
-    device: torch.device,
-) -> dict[str, Any]:
-    """Evaluate held-out microbatches, each of one domain.
+class Evaluated(Protocol):
+    """What `evaluate` needs of `trimtab.train.engine.Engine`."""
+
+    mesh: Mesh | None
+    device: torch.device
+    shard: TokenShard
+    listener: Callable[[int, TokenBatch], None] | None
+    parts: list[Any]
+
+    def evaluate(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
+        """This rank's part of the loss of each microbatch."""
+        ...
+
+
+def evaluate(engine: Evaluated, batches: Iterable[tuple[str, TokenBatch]]) -> dict[str, Any]:
+    """Evaluate held-out microbatches, each of one domain. All ranks do it together.
 
     Args:
-        model: left in the mode it was in.
-        routers: its routers, in order.
-        batches: domain and microbatch.
-        precision: of the forward.
-        device: where the model is.
+        engine: its model is left in the mode it was in.
+        batches: domain and microbatch of this data rank; every rank has the same domains.
 
     Returns:
         ``loss`` over all label tokens, ``domain_loss`` ({domain: loss}), ``domain_load`` ({domain: (L, E)
         assignments}) and ``mutual_information`` ((L,) bits between domain and expert).
     """
-    sums: dict[str, Tensor] = {}
-    labels: dict[str, int] = {}
-    counts: dict[str, list[Tensor]] = {}
-    was_training = model.training
-    model.eval()
-    counters = [LoadCounter(router) for router in routers]
-    hooks = [counter.router.module.register_forward_hook(counter) for counter in counters]
+    found = [(domain, batch.to(engine.device)) for domain, batch in batches]
+    domains = list(dict.fromkeys(domain for domain, _ in found))
+    domain_of = {id(batch): domains.index(domain) for domain, batch in found}
+    counters = [[LoadCounter(r, len(domains), engine.device) for r in part.routers] for part in engine.parts]
+
+    def before_forward(part: int, batch: TokenBatch) -> None:
+        valid_Bs = batch.valid_mask_BS[:, engine.shard.own_s]
+        for counter in counters[part]:
+            counter.valid_mask_T, counter.domain = valid_Bs.flatten(), domain_of[id(batch)]
+
+    modes = [part.module.training for part in engine.parts]
+    hooks = [c.router.module.register_forward_hook(c) for part in counters for c in part]
+    engine.listener = before_forward
     try:
+        for part in engine.parts:
+            part.module.eval()
         # Compiled layers run eagerly here: other shapes and hooks would each compile them again.
         with torch.compiler.set_stance("force_eager"):
-            for domain, batch in batches:
-                batch = batch.to(device)
-                for counter in counters:
-                    counter.valid_mask_T, counter.counts_E = batch.valid_mask_BS.flatten(), None
-                loss = next_token_loss(forward(model, batch, precision), batch.labels_BS)
-                new = [counter.counts_E for counter in counters if counter.counts_E is not None]
-                known = counts.get(domain)
-                counts[domain] = new if known is None else [a + b for a, b in zip(known, new, strict=True)]
-                sums[domain] = sums.get(domain, 0) + loss.double()
-                labels[domain] = labels.get(domain, 0) + batch.num_label_tokens
+            losses = engine.evaluate([batch for _, batch in found])
     finally:
+        engine.listener = None
         for hook in hooks:
             hook.remove()
-        model.train(was_training)
-    load_DLE = torch.stack([torch.stack(layers) for layers in counts.values()])
-    total = sum(sums.values(), torch.zeros((), dtype=torch.float64, device=device))
+        for part, training in zip(engine.parts, modes, strict=True):
+            part.module.train(training)
+    sums_D2 = torch.zeros(len(domains), 2, dtype=torch.float64, device=engine.device)
+    # With a pipeline, the last stage alone has losses, and it alone counts labels.
+    for loss, (domain, batch) in zip(losses, found, strict=False):
+        num_labels = (next_token_targets(batch.labels_BS)[:, engine.shard.own_s] != IGNORED_LABEL).sum()
+        sums_D2[domains.index(domain)] += torch.stack([loss.double(), num_labels.double()])
+    load_LDE = _sum_over_ranks(engine, counters, sums_D2)
+    total, num_total = sums_D2.sum(dim=0).tolist()
     return {
-        "loss": total.item() / max(1, sum(labels.values())),
-        "domain_loss": {domain: sums[domain].item() / max(1, labels[domain]) for domain in sums},
-        "domain_load": {domain: load_LE.tolist() for domain, load_LE in zip(counts, load_DLE, strict=True)},
-        "mutual_information": mutual_information(load_DLE.transpose(0, 1)).tolist(),
+        "loss": total / max(1, num_total),
+        "domain_loss": {
+            domain: loss / max(1, num) for domain, (loss, num) in zip(domains, sums_D2.tolist(), strict=True)
+        },
+        "domain_load": {domain: load_LDE[:, place].tolist() for place, domain in enumerate(domains)},
+        "mutual_information": mutual_information(load_LDE).tolist(),
     }
+
+
+def _sum_over_ranks(engine: Evaluated, counters: list[list[LoadCounter]], sums_D2: Tensor) -> Tensor:
+    """(L, D, E) assignments in all layers of all stages, on the CPU; ``sums_D2`` is summed in place."""
+    load = [[counter.counts_DE for counter in part] for part in counters]
+    mesh = engine.mesh
+    if mesh is not None:
+        dist.all_reduce(sums_D2)
+        if (group := mesh.group("tokens")) is not None and any(load):
+            summed = iter(PackedSum([counts_DE for part in load for counts_DE in part], group).wait())
+            load = [[next(summed) for _ in part] for part in load]
+    own = {part.stage: [c.cpu() for c in counts] for part, counts in zip(engine.parts, load, strict=True)}
+    return torch.stack([counts_DE for counts in gather_stages(own, mesh) for counts_DE in counts])

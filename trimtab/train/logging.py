@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -19,6 +19,20 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from trimtab.train.report_log import METRICS_FILE
+
+# What a terminal's line holds: more layers than these are summed up.
+_LAYERS_IN_FULL, _WORST_LAYERS = 12, 3
+_PER_LAYER = (
+    "maxvio",
+    "maxvio_running",
+    "load_entropy",
+    "dead_experts",
+    "logit_max",
+    "router_entropy",
+    "count_error",
+    "bias_min",
+    "bias_max",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,14 +104,22 @@ class MetricsLog:
 class RunConsole:
     """Lines on stdout, above a progress bar where stdout is a terminal.
 
+    Where `LOG_RANK` names several ranks, each line begins with its rank, and the first of them shows the bar.
+
     Args:
         quiet: say nothing, as ranks do that `LOG_RANK` does not name.
         progress: show a bar on a terminal.
+
+    Raises:
+        ValueError: `LOG_RANK` is not a list of ranks.
     """
 
     def __init__(self, *, quiet: bool = False, progress: bool = True) -> None:
         self._console = Console(quiet=quiet, highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
+        ranks, rank = log_ranks(), this_rank()
+        self._label = f"[{rank}] " if len(ranks) > 1 else ""
+        progress = progress and rank == min(ranks)
         if progress and not quiet and self._console.is_terminal:
             self._progress = Progress(
                 TextColumn("{task.description}"),
@@ -122,7 +144,7 @@ class RunConsole:
 
     def print(self, line: str) -> None:
         """Print one line; words in brackets are not markup."""
-        self._console.print(line, markup=False)
+        self._console.print(f"{self._label}{line}", markup=False)
         # Somebody may follow a file or a pipe, where lines otherwise come in blocks.
         self._console.file.flush()
 
@@ -132,8 +154,8 @@ class RunConsole:
             self._progress.stop()
 
 
-def is_quiet() -> bool:
-    """Whether `LOG_RANK` (ranks separated by commas, default 0) leaves this process out.
+def log_ranks() -> tuple[int, ...]:
+    """The ranks that print: those of `LOG_RANK`, separated by commas, or rank 0.
 
     Raises:
         ValueError: `LOG_RANK` is not a list of ranks.
@@ -142,7 +164,21 @@ def is_quiet() -> bool:
     ranks = [part.strip() for part in given.split(",")]
     if not all(rank.isdecimal() for rank in ranks):
         raise ValueError(f"LOG_RANK={given!r} must be ranks separated by commas, such as 0 or 0,1")
-    return os.environ.get("RANK", "0") not in ranks
+    return tuple(sorted({int(rank) for rank in ranks}))
+
+
+def this_rank() -> int:
+    """Number of this process among those of the run, as torchrun tells it; 0 if it is the only one."""
+    return int(os.environ.get("RANK") or 0)
+
+
+def is_quiet() -> bool:
+    """Whether `LOG_RANK` leaves this process out.
+
+    Raises:
+        ValueError: `LOG_RANK` is not a list of ranks.
+    """
+    return this_rank() not in log_ranks()
 
 
 def step_line(record: Mapping[str, Any]) -> str:
@@ -159,6 +195,47 @@ def step_line(record: Mapping[str, Any]) -> str:
         parts.append(f"{name}: {fmean(values['value']):.3f}")
     parts.append(f"lr: {record['lr']:.2e}")
     return "  ".join(parts)
+
+
+def layers_line(record: Mapping[str, Any]) -> str:
+    """The line on stdout of the layers of one step record: load of the experts, and each loss that was measured.
+
+    ``layers (load, sequence_wise): 1 0.62-1.41 1.003 | 2 0.55-1.62 1.010``: smallest and largest load of an
+    expert, whose mean is 1, then each balance loss. Many layers are summed up, and the worst of them shown.
+    """
+    balance = record["balance"]
+    numbers = layer_numbers(balance["layers"])
+    losses = {name: values["value"] for name, values in balance["losses"].items()}
+    named = ", ".join(["load", *losses])
+
+    def entry(layer: int) -> str:
+        load = balance["load"][layer]
+        values = "".join(f" {value[layer]:.3f}" for value in losses.values())
+        return f"{numbers[layer]} {min(load):.2f}-{max(load):.2f}{values}"
+
+    layers = range(len(numbers))
+    if len(layers) <= _LAYERS_IN_FULL:
+        return f"layers ({named}): " + " | ".join(map(entry, layers))
+    least = min(min(load) for load in balance["load"])
+    most = max(max(load) for load in balance["load"])
+    ranges = "".join(f" {min(value):.3f}-{max(value):.3f}" for value in losses.values())
+    worst = sorted(sorted(layers, key=lambda layer: -max(balance["load"][layer]))[:_WORST_LAYERS])
+    return (
+        f"layers ({named}): {numbers[0]}-{numbers[-1]} {least:.2f}-{most:.2f}{ranges} | highest load: "
+        + " | ".join(map(entry, worst))
+    )
+
+
+def layer_numbers(names: Sequence[str]) -> list[str]:
+    """Short names of layers: their numbers in the model, or their places if names have none of their own.
+
+    Args:
+        names: canonical names of routers, such as ``model.layers.3.mlp.gate``.
+    """
+    found = [next((part for part in name.split(".") if part.isdecimal()), "") for name in names]
+    if "" in found or len(set(found)) < len(found):
+        return [str(place) for place in range(len(names))]
+    return found
 
 
 def validation_line(record: Mapping[str, Any]) -> str:
@@ -181,17 +258,12 @@ def scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     for name in ("loss", "lr", "grad_norm", "tokens_per_second"):
         yield f"train/{name}", record[name]
     balance = record["balance"]
-    for name in ("maxvio", "maxvio_running", "load_entropy", "dead_experts", "logit_max", "router_entropy"):
+    for name in _PER_LAYER:
         for layer, value in enumerate(balance[name] or ()):
-            yield f"{name}/layer{layer}", value
-    for layer, value in enumerate(balance["count_error"] or ()):
-        yield f"count_error/layer{layer}", value
+            if value is not None:
+                yield f"{name}/layer{layer}", value
     for name, values in balance["losses"].items():
         yield f"balance/{name}", fmean(values["value"])
-    for name in ("bias_min", "bias_max"):
-        for layer, bias in enumerate(balance[name] or ()):
-            if bias is not None:
-                yield f"{name}/layer{layer}", bias
 
 
 def finite(value: Any) -> Any:

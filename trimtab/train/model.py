@@ -14,6 +14,7 @@ from torch import nn
 
 from trimtab.bias import BiasRule
 from trimtab.losses import Objective
+from trimtab.parallel.mesh import Degrees
 from trimtab.scale import Accumulation, Order
 
 
@@ -72,7 +73,14 @@ class Balancing:
         return replace(self.bias, schedule=((start, 1.0), (num_steps, 0.0)))
 
     def check(
-        self, num_experts: int, top_k: int, *, grouped: bool, has_bias: bool, num_microbatches: int
+        self,
+        num_experts: int,
+        top_k: int,
+        *,
+        grouped: bool,
+        has_bias: bool,
+        num_microbatches: int,
+        order: Order | None = None,
     ) -> None:
         """Check that the balancing can be had on such routers and such a step.
 
@@ -82,11 +90,12 @@ class Balancing:
             grouped: whether selection is limited to expert groups.
             has_bias: whether the routers have an expert bias.
             num_microbatches: forwards of one optimiser step.
+            order: how they follow each other, where a pipeline's schedule decides it; None: as ``order`` says.
 
         Raises:
             ValueError: it cannot; the message says which part and what to use instead.
         """
-        accumulation = Accumulation(num_microbatches=num_microbatches, order=self.order)
+        accumulation = Accumulation(num_microbatches=num_microbatches, order=order or self.order)
         try:
             for objective in self.objectives:
                 objective.build().check(num_experts, top_k, accumulation)
@@ -110,6 +119,7 @@ class ModelConfig(ABC):
 
     Args:
         balancing: how experts are balanced.
+        num_layers: decoder layers.
         num_experts: E, routed experts of a layer.
         top_k: K, experts of a token.
         max_seq_len: longest row of tokens that the positions of the model cover.
@@ -119,13 +129,14 @@ class ModelConfig(ABC):
     """
 
     balancing: Annotated[Balancing, tyro.conf.Suppress]
+    num_layers: int
     num_experts: int
     top_k: int
     max_seq_len: int = 4096
 
     def __post_init__(self) -> None:
         """Validate."""
-        for name in ("num_experts", "top_k", "max_seq_len"):
+        for name in ("num_layers", "num_experts", "top_k", "max_seq_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1; raise model.{name}")
         if self.top_k > self.num_experts:
@@ -143,6 +154,30 @@ class ModelConfig(ABC):
     def has_expert_bias(self) -> bool:
         """Whether routers have a bias that only selection sees."""
         return False
+
+    def check_parallel(self, degrees: Degrees) -> None:
+        """Check that the model can be divided so. A family adds what it divides besides experts.
+
+        Args:
+            degrees: processes along each axis.
+
+        Raises:
+            ValueError: it cannot; the message names the size and the degree.
+        """
+        self.check_divides("expert_parallel_degree", degrees.ep, "num_experts")
+
+    def check_divides(self, option: str, degree: int, *names: str) -> None:
+        """Check that a degree of `ParallelismConfig` divides sizes of this model, given by their names.
+
+        Raises:
+            ValueError: it does not.
+        """
+        for name in names:
+            if getattr(self, name) % degree:
+                raise ValueError(
+                    f"parallelism.{option}={degree} must divide model.{name}={getattr(self, name)}; "
+                    "change one of them"
+                )
 
     @abstractmethod
     def build(self, *, vocab_size: int, seq_len: int) -> nn.Module:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 _WARMUP_SHARE, _DECAY_SHARE = 0.05, 0.2
 
@@ -45,23 +47,27 @@ class OptimizerConfig:
                 f"weight_decay={self.weight_decay} must be at least 0; raise optimizer.weight_decay"
             )
 
-    def build(self, model: nn.Module) -> torch.optim.AdamW:
-        """Return the optimiser of a model's trainable parameters."""
-        matrices: list[nn.Parameter] = []
-        vectors: list[nn.Parameter] = []
-        for parameter in model.parameters():
+    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
+        """Return the optimiser of the trainable ones of these parameters.
+
+        Parameters that are divided over different ranks are in groups apart: an optimiser's operators take
+        one mesh at a time.
+        """
+        groups: dict[tuple[bool, object], list[nn.Parameter]] = {}
+        for parameter in parameters:
             if parameter.requires_grad:
-                (matrices if parameter.dim() >= 2 else vectors).append(parameter)
-        groups = [
-            {"params": matrices, "weight_decay": self.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
+                mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+                groups.setdefault((parameter.dim() >= 2, mesh), []).append(parameter)
+        chosen = [parameter for group in groups.values() for parameter in group]
         return torch.optim.AdamW(
-            [group for group in groups if group["params"]],
+            [
+                {"params": group, "weight_decay": self.weight_decay if is_matrix else 0.0}
+                for (is_matrix, _), group in groups.items()
+            ],
             lr=self.lr,
             betas=self.betas,
             eps=self.eps,
-            fused=all(parameter.is_cuda for parameter in (*matrices, *vectors)),
+            fused=all(parameter.is_cuda for parameter in chosen),
         )
 
 

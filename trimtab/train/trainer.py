@@ -1,6 +1,7 @@
-"""The trainer: one loop, in one process.
+"""The trainer: one loop, the same on every process of a run.
 
-Legend: M microbatches of an optimiser step.
+The first rank writes files; ranks that `LOG_RANK` names print. Whatever one rank alone decides (the run's
+directory, a signal) is told to all, so that they stop, save and fail together.
 """
 
 from __future__ import annotations
@@ -19,24 +20,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
 
-import trimtab
-from trimtab.integrations.discovery import discover
-from trimtab.integrations.experts import use_trimtab_experts
-from trimtab.scale import Accumulation
+from trimtab.balancer import Balancer
+from trimtab.parallel.fsdp import clip_gradients
+from trimtab.parallel.mesh import Mesh
+from trimtab.parallel.placements import local
 from trimtab.train.checkpoint import Checkpointer, CheckpointError, locate
-from trimtab.train.compute import (
-    check_precision,
-    decoder_layers,
-    find_device,
-    keep_routers_in_float32,
-)
+from trimtab.train.compute import check_precision, find_device
 from trimtab.train.config import TrainConfig, differences, to_dict
+from trimtab.train.distributed import is_first_rank, on_first_rank, start_process_group, world_size
+from trimtab.train.engine import Engine
 from trimtab.train.environment import describe_environment
-from trimtab.train.evaluation import evaluate, forward, next_token_loss
-from trimtab.train.logging import MetricsLog, RunConsole, step_line, validation_line
-from trimtab.train.packing import TokenBatch
+from trimtab.train.evaluation import evaluate
+from trimtab.train.logging import MetricsLog, RunConsole, layers_line, step_line, validation_line
+from trimtab.train.stages import gather_stages, join_metrics
 
 _STATE_VERSION = 1
 
@@ -83,36 +81,39 @@ class Trainer:
         self.step = 0
         self.seconds = 0.0
         self.num_tokens = 0
-        self.device = find_device(config.training.device)
-        check_precision(config.training.mixed_precision, self.device)
-        self.run_dir, checkpoint = self._locate_run()
+        device = find_device(config.training.device)
+        check_precision(config.training.mixed_precision, device)
+        run = config.for_world(world_size())
+        self.device = start_process_group(device.type, config.training.timeout_seconds)
+        self.mesh = Mesh(run.degrees, device.type) if world_size() > 1 else None
+        self.run_dir, checkpoint = on_first_rank(self._locate_run)
         # Text is checked before anything is written: a mistyped path must not leave a run directory.
-        self.loader = config.data.build()
+        data_rank = 0 if self.mesh is None else self.mesh.rank("data")
+        self.loader = config.build_loader(run, data_rank=data_rank)
         random.seed(config.training.seed)
         np.random.seed(config.training.seed % 2**32)
-        torch.manual_seed(config.training.seed)
-        self.model = self._build_model()
-        self.routers = discover(self.model)
-        self.balancer = trimtab.attach(
-            self.model,
-            config.model.balancing.objectives,
-            bias=config.model.balancing.bias_for(config.training.steps),
-            accumulation=Accumulation(
-                num_microbatches=config.num_microbatches, order=config.model.balancing.order
-            ),
-            measure_every=config.metrics.log_interval,
+        self.engine = Engine(
+            config, run, mesh=self.mesh, device=self.device, vocab_size=self.loader.tokenizer.vocab_size
         )
-        if config.training.mixed_precision != "none":
-            keep_routers_in_float32([router.module for router in self.routers], self.device)
-        self.optimizer = config.optimizer.build(self.model)
+        self.optimizer = config.optimizer.build(self.engine.parameters())
         self.checkpointer = Checkpointer(self.run_dir, keep=config.checkpoint.keep)
         if checkpoint is not None:
             self._load(checkpoint)
-        if config.compile.enable:
-            config.compile.apply(decoder_layers(self.model))
         self.console = RunConsole(quiet=quiet, progress=config.metrics.progress)
         self._signal: int | None = None
+        self._stopping = False
+        self.log: MetricsLog | None = None
         self._saved_step = self.step
+
+    @property
+    def model(self) -> Any:
+        """The model; with a pipeline, the first part of it that this rank holds."""
+        return self.engine.parts[0].module
+
+    @property
+    def balancer(self) -> Balancer:
+        """Its balancer; with a pipeline, that of the first part here that has one."""
+        return self.engine.balancers[0]
 
     # ---------------------------------------------------------------- the loop
 
@@ -122,13 +123,7 @@ class Trainer:
         Raises:
             TrainingError: loss or gradients are not finite.
         """
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        self._write_json("config", to_dict(self.config))
-        self._write_json("environment", describe_environment(self.device))
-        self.log = MetricsLog(
-            self.run_dir, tensorboard=self.config.metrics.tensorboard, first_step=self.step + 1
-        )
-        self.log.write(self._start_record())
+        self._start_log()
         self.console.print(
             f"{self.name}: step {self.step} of {self.config.training.steps}, in {self.run_dir}"
         )
@@ -136,8 +131,9 @@ class Trainer:
         status = "failed"
         self.console.start(self.step, self.config.training.steps)
         try:
-            self._loop()
-            status = "finished" if self._signal is None else "interrupted"
+            with self.engine.settings():
+                self._loop()
+            status = "interrupted" if self._stopping else "finished"
         except KeyboardInterrupt:
             status = "interrupted"
             raise
@@ -146,8 +142,9 @@ class Trainer:
             for name, handler in handlers.items():
                 signal.signal(name, handler)
             end = {"step": self.step, "time": _now(), "seconds": self.seconds, "status": status}
-            self.log.write({"event": "end", **end})
-            self.log.close()
+            self._log({"event": "end", **end})
+            if self.log is not None:
+                self.log.close()
             report = self._write_report()
         return TrainResult(
             run_dir=self.run_dir, status=status, step=self.step, report=report, signal=self._signal
@@ -156,7 +153,7 @@ class Trainer:
     def _loop(self) -> None:
         config = self.config
         steps, since, tokens = config.training.steps, time.perf_counter(), 0
-        while self.step < steps and self._signal is None:
+        while self.step < steps and not self._stopping:
             started = time.perf_counter()
             record = self._train_step()
             self.step += 1
@@ -172,10 +169,11 @@ class Trainer:
                     "tokens_per_second": tokens / (now - since),
                     "num_tokens": self.num_tokens,
                     "seconds": self.seconds,
-                    "balance": self.balancer.metrics(),
+                    "balance": self._balance(),
                 }
-                self.log.write(record)
+                self._log(record)
                 self.console.print(step_line(record))
+                self.console.print(layers_line(record))
                 since, tokens = now, 0
             self.console.advance(self.step)
             interrupted = time.perf_counter()
@@ -184,73 +182,58 @@ class Trainer:
             if config.checkpoint.enable and (last or self.step % config.checkpoint.interval == 0):
                 self._save()
             since += time.perf_counter() - interrupted  # throughput is of training alone
-        if self._signal is not None and config.checkpoint.enable and self._saved_step != self.step:
+        if self._stopping and config.checkpoint.enable and self._saved_step != self.step:
             self._save()
 
     def _train_step(self) -> dict[str, Any]:
         """One optimiser step: forwards and backwards of its microbatches, clipping, update, bias."""
-        config, balancer = self.config, self.balancer
-        batches = [next(self.loader).to(self.device) for _ in range(config.num_microbatches)]
+        config, engine = self.config, self.engine
+        batches = [next(self.loader).to(self.device) for _ in range(engine.run.num_microbatches)]
         # Known before the first forward, so that microbatches of any size weigh what they hold.
-        num_labels = max(1, sum(batch.num_label_tokens for batch in batches))
-        num_tokens = sum(batch.num_tokens for batch in batches)
-        balancer.start_step(
-            num_tokens=num_tokens,
-            num_sequences=sum(int(batch.valid_mask_BS.any(dim=1).sum()) for batch in batches),
-            num_documents=sum(batch.num_sequences for batch in batches),
-        )
+        totals = engine.totals(batches)
         lr = config.optimizer.lr * config.lr_scheduler.factor(self.step + 1, config.training.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        order = config.model.balancing.order
-        losses: list[Tensor] = []
-        if order == "counting_pass":
-            random_state = torch.get_rng_state()
-            with balancer.counting_pass():
-                for batch in batches:
-                    self._forward(batch)
-            torch.set_rng_state(random_state)
-        if order == "forward_first":
-            losses = [self._forward(batch) / num_labels for batch in batches]
-            for loss in losses:
-                loss.backward()
-        else:
-            for batch in batches:
-                losses.append(self._forward(batch) / num_labels)
-                losses[-1].backward()
-        loss = torch.stack([loss.detach() for loss in losses]).sum()
-        max_norm = config.training.max_norm
-        grad_norm = torch.nn.utils.clip_grad_norm_(
-            self.model.parameters(), math.inf if max_norm is None else max_norm
-        )
-        numbers = {"loss": loss.item(), "grad_norm": float(grad_norm)}
+        loss = engine.train_step(batches, totals)
+        max_norm = math.inf if config.training.max_norm is None else config.training.max_norm
+        grad_norm = clip_gradients(engine.parameters(), max_norm, self.mesh)
         # One wait for the device in each step: an update with a bad gradient could not be taken back.
+        numbers = {"loss": self._agree(float(loss)), "grad_norm": float(grad_norm)}
         if not all(map(math.isfinite, numbers.values())):
             raise TrainingError(self._not_finite(numbers))
         self.optimizer.step()
         self.optimizer.zero_grad()
-        balancer.step()
-        return {**numbers, "lr": lr, "num_tokens": num_tokens}
+        for balancer in engine.balancers:
+            balancer.step()
+        return {**numbers, "lr": lr, "num_tokens": totals["num_tokens"]}
 
-    def _forward(self, batch: TokenBatch) -> Tensor:
-        """Sum of the microbatch's losses over its label tokens."""
-        with self.balancer.microbatch(valid_mask=batch.valid_mask_BS, cu_seqlens=batch.cu_seqlens_G):
-            logits = forward(self.model, batch, self.config.training.mixed_precision)
-        return next_token_loss(logits, batch.labels_BS)
+    def _agree(self, loss: float) -> float:
+        """The loss of all ranks; and whether a signal has reached one of them, so that all stop after this step."""
+        signals = (signal.SIGINT, signal.SIGTERM)
+        told = torch.tensor([loss, *(float(self._signal == name) for name in signals)], dtype=torch.float64)
+        if self.mesh is not None:
+            told = told.to(self.device)
+            dist.all_reduce(told)
+        total, *reached = told.tolist()
+        for name, number in zip(signals, reached, strict=True):
+            if number and self._signal is None:
+                self._signal = name
+        self._stopping = self._signal is not None
+        return float(total)
+
+    def _balance(self) -> dict[str, Any]:
+        """Metrics of all layers, whichever ranks hold them."""
+        parts = self.engine.parts
+        own = {part.stage: part.balancer.metrics() for part in parts if part.balancer is not None}
+        return join_metrics(gather_stages(own, self.mesh))
 
     def evaluate(self) -> dict[str, Any]:
         """Loss and routing of the held-out text; see `trimtab.train.evaluation.evaluate`."""
-        return evaluate(
-            self.model,
-            self.routers,
-            self.loader.validation_batches(),
-            precision=self.config.training.mixed_precision,
-            device=self.device,
-        )
+        return evaluate(self.engine, self.loader.validation_batches())
 
     def _validate(self) -> None:
         record = {"event": "validation", "step": self.step, **self.evaluate()}
-        self.log.write(record)
+        self._log(record)
         self.console.print(validation_line(record))
         self._write_report()
 
@@ -278,28 +261,47 @@ class Trainer:
             number += 1
         return run_dir, None
 
-    def _build_model(self) -> nn.Module:
-        config = self.config
-        model = config.model.build(vocab_size=self.loader.tokenizer.vocab_size, seq_len=config.data.seq_len)
-        use_trimtab_experts(model)
-        config.activation_checkpoint.apply(model)
-        return model.to(self.device)
+    def _start_log(self) -> None:
+        """Open the run's files, on the first rank."""
+        record = self._start_record()
+
+        def start() -> None:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            self._write_json("config", to_dict(self.config))
+            self._write_json("environment", describe_environment(self.device))
+            self.log = MetricsLog(
+                self.run_dir, tensorboard=self.config.metrics.tensorboard, first_step=self.step + 1
+            )
+            self.log.write(record)
+
+        on_first_rank(start)
+
+    def _log(self, record: dict[str, Any]) -> None:
+        if self.log is not None:
+            self.log.write(record)
 
     def _start_record(self) -> dict[str, Any]:
-        balancer, rule = self.balancer, self.balancer.bias_rule
+        balancing, model = self.config.model.balancing, self.config.model
+        own = {
+            part.stage: (
+                sum(parameter.numel() for parameter in part.module.parameters()),
+                [router.canonical_name for router in part.routers],
+            )
+            for part in self.engine.parts
+        }
+        stages = gather_stages(own, self.mesh)
+        objectives = [config.build() for config in balancing.objectives]
+        rule = None if balancing.bias is None else type(balancing.bias.build()).__name__
         return {
             "event": "start",
             "time": _now(),
             "model": self.name,
-            "num_parameters": sum(parameter.numel() for parameter in self.model.parameters()),
-            "layers": [router.canonical_name for router in self.routers],
-            "num_experts": self.config.model.num_experts,
-            "top_k": self.config.model.top_k,
-            "objectives": [
-                {"name": objective.name, "coef": objective.coef, "scope": objective.scope}
-                for objective in balancer.objectives
-            ],
-            "bias_rule": None if rule is None else type(rule).__name__,
+            "num_parameters": sum(number for number, _ in stages),
+            "layers": [name for _, names in stages for name in names],
+            "num_experts": model.num_experts,
+            "top_k": model.top_k,
+            "objectives": [{"name": o.name, "coef": o.coef, "scope": o.scope} for o in objectives],
+            "bias_rule": rule,
             "domains": list(self.loader.domains),
             "num_steps": self.config.training.steps,
             "first_step": self.step + 1,
@@ -315,12 +317,20 @@ class Trainer:
             "seconds": self.seconds,
             "num_tokens": self.num_tokens,
             "config": to_dict(self.config),
-            "balancer": self.balancer.state_dict(),
+            "balancer": self._balancer_state(),
             "data": self.loader.state_dict(),
-            "random": _random_state(self.device),
         }
-        self.checkpointer.save(self.step, self.model, self.optimizer, state)
+        own = {"random": _random_state(self.device)}
+        self.checkpointer.save(self.step, self.engine.modules, self.optimizer, state, per_rank=own)
         self._saved_step = self.step
+
+    def _balancer_state(self) -> dict[str, Any]:
+        """State of the balancers of all layers, as one balancer of the whole model would have it."""
+        parts = self.engine.parts
+        own = {part.stage: part.balancer.state_dict() for part in parts if part.balancer is not None}
+        stages = gather_stages(own, self.mesh)
+        layers = {name: layer for stage in stages for name, layer in stage["layers"].items()}
+        return {**stages[0], "layers": layers}
 
     def _load(self, path: Path) -> None:
         state = self.checkpointer.read_trainer(path)
@@ -335,11 +345,15 @@ class Trainer:
                 f"checkpoint {path} was saved by another configuration; it differs in {'; '.join(changed)}. "
                 "Resume with the saved settings, or accept the changes with --checkpoint.allow-changes"
             )
-        self.checkpointer.load(path, self.model, self.optimizer)
-        self.balancer.load_state_dict(state["balancer"])
+        self.checkpointer.load(path, self.engine.modules, self.optimizer)
+        layers = state["balancer"]["layers"]
+        for balancer in self.engine.balancers:
+            own = {name: layers[name] for row in balancer.ledger.rows if (name := row.name) in layers}
+            balancer.load_state_dict({**state["balancer"], "layers": own})
         self.loader.load_state_dict(state["data"])
         self.step, self.seconds, self.num_tokens = state["step"], state["seconds"], state["num_tokens"]
-        _set_random_state(state["random"])
+        if state["per_rank"] is not None:
+            _set_random_state(state["per_rank"]["random"])
 
     # ---------------------------------------------------------------- the rest
 
@@ -354,8 +368,8 @@ class Trainer:
             os.write(2, text.encode())
 
     def _not_finite(self, numbers: dict[str, float]) -> str:
-        named = self.model.named_parameters()
-        bad = [name for name, p in named if p.grad is not None and not p.grad.isfinite().all()]
+        named = [entry for module in self.engine.modules for entry in module.named_parameters()]
+        bad = [n for n, p in named if p.grad is not None and not local(p.grad).isfinite().all()]
         latest = self.checkpointer.latest()
         way_back = (
             f"the last good checkpoint is {latest}" if latest is not None else "no checkpoint was saved yet"
@@ -371,7 +385,7 @@ class Trainer:
         (self.run_dir / f"{name}.json").write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
     def _write_report(self) -> Path | None:
-        if not self.config.metrics.report:
+        if not self.config.metrics.report or not is_first_rank():
             return None
         from trimtab.train.report import write_report
 

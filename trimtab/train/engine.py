@@ -1,0 +1,308 @@
+"""The model on its ranks: built, divided, balanced, and run over the microbatches of a step.
+
+Legend: M microbatches of an optimiser step; B rows, S tokens of a row, s of them on this rank.
+
+Order of construction, for each part of the model that this rank holds (one, or several pipeline stages):
+weights as in one process -> experts on trimtab's kernels -> activation checkpointing -> attention and experts
+divided over tp, cp, ep, etp -> balancer -> torch.compile of layers -> FSDP. Whatever the plan, the loss of a step
+is the sum over its label tokens on all ranks, divided by their number, and gradients are summed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+import trimtab
+from trimtab.balancer import Balancer
+from trimtab.integrations.attention_masks import position_arguments
+from trimtab.integrations.discovery import FoundRouter, discover
+from trimtab.integrations.experts import use_trimtab_experts
+from trimtab.integrations.parallel import decoder_layers, parallelize
+from trimtab.integrations.stages import run_stage, split_into_stages
+from trimtab.microbatch import Context
+from trimtab.parallel.fsdp import shard_parameters
+from trimtab.parallel.mesh import Mesh
+from trimtab.parallel.pipeline import Pipeline
+from trimtab.parallel.tokens import TokenShard
+from trimtab.parallel.zero_bubble import zero_bubble_compile_settings
+from trimtab.ranks import TokenRanks
+from trimtab.scale import GradReduction
+from trimtab.train.compute import autocast, keep_routers_in_float32
+from trimtab.train.config import TrainConfig
+from trimtab.train.evaluation import next_token_targets, token_loss
+from trimtab.train.packing import TokenBatch
+from trimtab.train.parallelism import ResolvedRun
+
+# Called before each forward with the part's number and its microbatch.
+Listener = Callable[[int, TokenBatch], None]
+
+
+@dataclass(slots=True)
+class Part:
+    """One part of the model on this rank.
+
+    Args:
+        stage: pipeline stage; 0 without a pipeline.
+        module: the part, with the whole model's names.
+        routers: its routers, which may be none.
+        balancer: of those routers; None if there are none.
+    """
+
+    stage: int
+    module: Any
+    routers: list[FoundRouter]
+    balancer: Balancer | None
+
+
+class Engine:
+    """The model of a run on this rank.
+
+    Args:
+        config: the run.
+        run: what it comes to on this many ranks.
+        mesh: where ranks are; None for one process.
+        device: of this rank.
+        vocab_size: rows of the embedding.
+
+    Raises:
+        ValueError: the model cannot be divided as asked.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        run: ResolvedRun,
+        *,
+        mesh: Mesh | None,
+        device: torch.device,
+        vocab_size: int,
+    ) -> None:
+        self.config, self.run, self.mesh, self.device = config, run, mesh, device
+        degrees = run.degrees
+        self.shard = TokenShard.make(
+            config.data.seq_len,
+            cp=degrees.cp,
+            cp_rank=0 if mesh is None else mesh.rank("cp"),
+            tp=degrees.tp,
+            tp_rank=0 if mesh is None else mesh.rank("tp"),
+        ).to(device)
+        self.listener: Listener | None = None
+        plan = run.pipeline
+        self.num_stages = 1 if plan is None else plan.num_stages
+        stages = (0,) if plan is None or mesh is None else plan.stages_of(mesh.rank("pp"))
+        self.parts = [self._build(stage, vocab_size) for stage in stages]
+        self.pipeline: Pipeline | None = None
+        if plan is not None and mesh is not None:
+            width = self.parts[0].module.config.get_text_config().hidden_size
+            self.pipeline = Pipeline(
+                self.modules,
+                plan,
+                mesh,
+                hidden_shape=(run.microbatch_size, len(self.shard.own_s), width),
+                dtype=next(self.parameters()).dtype,
+            )
+
+    # ---------------------------------------------------------------- construction
+
+    def _build(self, stage: int, vocab_size: int) -> Part:
+        config, mesh = self.config, self.mesh
+        # Each rank draws the weights of the whole model, so that they are those of one process.
+        torch.manual_seed(config.training.seed)
+        model = config.model.build(vocab_size=vocab_size, seq_len=config.data.seq_len)
+        use_trimtab_experts(model)
+        routers = discover(model)
+        if self.num_stages > 1:
+            model = split_into_stages(model, num_stages=self.num_stages, stage=stage)
+            mine = set(model.modules())
+            routers = [router for router in routers if router.module in mine]
+        contexts: list[Context] = []
+        config.activation_checkpoint.apply(model, contexts)
+        model = model.to(self.device)
+        divided = None if mesh is None else parallelize(model, mesh)
+        balancer = self._attach(model) if routers else None
+        if balancer is not None:
+            contexts.append(balancer.context)
+        if config.training.mixed_precision != "none":
+            keep_routers_in_float32([router.module for router in routers], self.device)
+        layers = decoder_layers(model)
+        config.compile.apply(layers)
+        if mesh is not None and divided is not None:
+            shard_parameters(
+                model,
+                mesh,
+                layers=layers,
+                experts=divided.experts,
+                heads=divided.heads,
+                reshard_after_forward=self.num_stages == 1,
+            )
+        return Part(stage, model, routers, balancer)
+
+    def _attach(self, model: nn.Module) -> Balancer:
+        config, mesh, degrees = self.config, self.mesh, self.run.degrees
+        ranks = TokenRanks()
+        if mesh is not None:
+            ranks = TokenRanks(tokens=mesh.group("tokens"), sequence=mesh.group("sequence"))
+        return trimtab.attach(
+            model,
+            config.model.balancing.objectives,
+            bias=config.model.balancing.bias_for(config.training.steps),
+            accumulation=self.run.accumulation,
+            reduction=GradReduction(ranks="sum", num_ranks=degrees.data * degrees.sequence),
+            ranks=ranks,
+            measure_every=config.metrics.log_interval,
+        )
+
+    # ---------------------------------------------------------------- what the run sees
+
+    def settings(self) -> contextlib.AbstractContextManager[None]:
+        """Process-wide settings that the plan needs, around all steps."""
+        plan = self.run.pipeline
+        if plan is not None and plan.schedule.splits_backward and self.config.compile.enable:
+            return zero_bubble_compile_settings()
+        return contextlib.nullcontext()
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """Parts of the model on this rank."""
+        return [part.module for part in self.parts]
+
+    @property
+    def balancers(self) -> list[Balancer]:
+        """Balancers of the parts that have routers."""
+        return [part.balancer for part in self.parts if part.balancer is not None]
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters of all parts."""
+        for part in self.parts:
+            yield from part.module.parameters()
+
+    # ---------------------------------------------------------------- a step
+
+    def totals(self, batches: Sequence[TokenBatch]) -> dict[str, int]:
+        """Label tokens, tokens, sequences and documents of a step on all ranks."""
+        local = [
+            sum(batch.num_label_tokens for batch in batches),
+            sum(batch.num_tokens for batch in batches),
+            sum(int(batch.valid_mask_BS.any(dim=1).sum()) for batch in batches),
+            sum(batch.num_sequences for batch in batches),
+        ]
+        if self.mesh is not None and (group := self.mesh.group("tokens")) is not None:
+            # Ranks that share sequences have read the same rows, and one of them speaks.
+            speaks = int(self.mesh.rank("sequence") == 0)
+            summed = torch.tensor(local, device=self.device) * speaks
+            dist.all_reduce(summed, group=group)
+            local = summed.tolist()
+        return dict(zip(("num_labels", "num_tokens", "num_sequences", "num_documents"), local, strict=True))
+
+    def train_step(self, batches: Sequence[TokenBatch], totals: dict[str, int]) -> Tensor:
+        """Forwards and backwards of a step's microbatches; gradients are left on the parameters.
+
+        Args:
+            batches: of this data rank.
+            totals: from `totals`.
+
+        Returns:
+            () this rank's part of the step's loss, to be summed over all ranks.
+        """
+        declared = {name: value for name, value in totals.items() if name != "num_labels"}
+        for balancer in self.balancers:
+            balancer.start_step(**declared)
+        num_labels = max(1, totals["num_labels"])
+        if self.pipeline is not None:
+            losses_M = self.pipeline.step(
+                self._caller(batches), lambda logits, number: self.loss(logits, batches[number]) / num_labels
+            )
+            return torch.zeros((), device=self.device) if losses_M is None else losses_M.sum()
+        if self.run.order == "counting_pass":
+            self._count(batches)
+        losses = []
+        if self.run.order == "forward_first":
+            losses = [self._loss(batch) / num_labels for batch in batches]
+            for number, loss in enumerate(losses):
+                self._sync_gradients(number == len(losses) - 1)
+                loss.backward()
+        else:
+            for number, batch in enumerate(batches):
+                self._sync_gradients(number == len(batches) - 1)
+                losses.append(self._loss(batch) / num_labels)
+                losses[-1].backward()
+        return torch.stack([loss.detach() for loss in losses]).sum()
+
+    def _caller(self, batches: Sequence[TokenBatch]) -> Callable[[nn.Module, int, Tensor | None], Tensor]:
+        """How a pipeline runs one microbatch through one of its parts."""
+        part_of = {id(part.module): part for part in self.parts}
+        return lambda module, number, hidden: self.forward(part_of[id(module)], batches[number], hidden)
+
+    def _count(self, batches: Sequence[TokenBatch]) -> None:
+        """Run the step's forwards once without gradients, so that its counts are known."""
+        random_state = torch.get_rng_state()
+        with contextlib.ExitStack() as stack:
+            for balancer in self.balancers:
+                stack.enter_context(balancer.counting_pass())
+            for batch in batches:
+                self.forward(self.parts[0], batch)
+        torch.set_rng_state(random_state)
+
+    def _sync_gradients(self, sync: bool) -> None:
+        """Sum gradients over ranks in the next backward, or only keep them: summing once is enough."""
+        for module in self.modules:
+            if isinstance(module, FSDPModule):
+                module.set_requires_gradient_sync(sync)
+
+    def _loss(self, batch: TokenBatch) -> Tensor:
+        return self.loss(self.forward(self.parts[0], batch), batch)
+
+    def loss(self, logits_BsV: Tensor, batch: TokenBatch) -> Tensor:
+        """Sum over this rank's label tokens of their loss."""
+        targets_BS = next_token_targets(batch.labels_BS)
+        return token_loss(logits_BsV, targets_BS[:, self.shard.own_s])
+
+    def forward(self, part: Part, batch: TokenBatch, hidden_BsD: Tensor | None = None) -> Tensor:
+        """Run one part on one microbatch.
+
+        Args:
+            part: the part.
+            batch: the whole rows; this rank takes its tokens of them.
+            hidden_BsD: output of the stage before; None for the first.
+
+        Returns:
+            (B, s, D) hidden states, or (B, s, vocabulary) logits of the last stage.
+        """
+        if self.listener is not None:
+            self.listener(self.parts.index(part), batch)
+        described: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if part.balancer is not None:
+            tokens_T = None if self.shard.is_whole else self.shard.flat_index(len(batch.input_ids_BS))
+            described = part.balancer.microbatch(
+                valid_mask=batch.valid_mask_BS, cu_seqlens=batch.cu_seqlens_G, tokens=tokens_T
+            )
+        shard, own_s = self.shard, self.shard.own_s
+        x = hidden_BsD
+        if x is None:
+            x = batch.input_ids_BS if shard.is_whole else batch.input_ids_BS[:, own_s]
+        dtype = None if hidden_BsD is None else hidden_BsD.dtype
+        arguments = position_arguments(part.module, batch.position_ids_BS, shard, dtype=dtype)
+        with described, autocast(self.config.training.mixed_precision, self.device):
+            return run_stage(part.module, x, **arguments)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
+        """This rank's part of the loss of each microbatch, summed over its label tokens.
+
+        Empty in a pipeline on ranks that do not hold the last stage.
+        """
+        if self.pipeline is not None:
+            shapes = [(len(batch.input_ids_BS), len(self.shard.own_s)) for batch in batches]
+            losses = self.pipeline.evaluate(
+                self._caller(batches), lambda logits, number: self.loss(logits, batches[number]), shapes
+            )
+            return losses or []
+        return [self.loss(self.forward(self.parts[0], batch), batch) for batch in batches]
