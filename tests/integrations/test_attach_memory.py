@@ -117,6 +117,6 @@ def test_nothing_is_held_after_the_step() -> None:
     balancer.step()
     for row in balancer.ledger.rows:
         assert row.counts_AE is None
-        assert row.measurement is None
+        assert row.measured == []
         assert row.prior_counts_AE is not None
         assert row.prior_counts_AE.numel() < T * E

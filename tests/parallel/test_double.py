@@ -61,3 +61,10 @@ def test_stock_models_cast_without_it(family: str) -> None:
     with contextlib.suppress(RuntimeError), Casts() as casts:  # llama4 mixes dtypes and fails
         gradients(model, make_batch(2, 16))
     assert casts.seen
+
+
+def test_new_tensors_are_double_too() -> None:
+    with double_precision():
+        counts = torch.ones(2, dtype=torch.int64)
+        made = [torch.zeros(2), counts / counts.sum(), counts.float(), torch.zeros(2, dtype=torch.float32)]
+    assert [tensor.dtype for tensor in made] == [torch.float64] * 4

@@ -37,8 +37,9 @@ def fail_on_rank_1() -> None:
 
 def die_on_rank_1() -> None:
     if dist.get_rank() == 1:
+        time.sleep(0.2)  # its peer fails first, as peers do whose connection is lost
         os.kill(os.getpid(), signal.SIGKILL)
-    dist.barrier()
+    raise ConnectionError("closed by peer")
 
 
 def hang_on_rank_0() -> None:

@@ -93,7 +93,7 @@ def parallelize_experts(model: nn.Module, mesh: Mesh) -> list[nn.Module]:
 
 def layout_of(module: nn.Module) -> ExpertLayout | None:
     """How a module of transformers stacks its experts; None if it is something else."""
-    if type(module).__name__ == "Llama4TextExperts":
+    if type(module).__name__ in ("Llama4TextExperts", "SparseLlama4TextExperts"):
         return ExpertLayout(transposed=True)
     if not hasattr(module, "is_concatenated") or not hasattr(module, "num_experts"):
         return None

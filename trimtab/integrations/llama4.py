@@ -6,10 +6,25 @@ Shape suffixes: T tokens, D model, F hidden, E experts, K top-k, N rows sorted b
 from typing import Any, cast
 
 from torch import Tensor, nn
-from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
+from transformers.models.llama4.modeling_llama4 import Llama4TextExperts, Llama4TextMoe
 
 from trimtab.experts import grouped_linear
 from trimtab.integrations.experts import dispatcher_of, reader_of
+
+
+class SparseLlama4TextExperts(Llama4TextExperts):
+    """The stacked experts, each on its own tokens. A call of their own: FSDP gathers parameters around it."""
+
+    def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:  # type: ignore[override]
+        """(T, D) sum of each token's K experts, whose inputs are weighted."""
+        dispatcher, read = dispatcher_of(self), reader_of(self)
+        x_ND, counts_e, plan = dispatcher.dispatch(x_TD, ids_TK, weights_TK, score_before_experts=True)
+
+        def linear(name: str, rows: Tensor) -> Tensor:
+            return grouped_linear(rows, read(self, name), None, counts_e, transposed=True)
+
+        gate_NF, up_NF = linear("gate_up_proj", x_ND).chunk(2, dim=-1)
+        return dispatcher.combine(linear("down_proj", up_NF * self.act_fn(gate_NF)), plan)
 
 
 class SparseLlama4TextMoe(Llama4TextMoe):
@@ -30,18 +45,11 @@ class SparseLlama4TextMoe(Llama4TextMoe):
         # router add gradients to it.
         ids_TK = logits_TE.detach().topk(self.top_k, dim=-1).indices
         weights_TK = scores_TE.gather(1, ids_TK)
-        dispatcher, read = dispatcher_of(self.experts), reader_of(self.experts)
-        x_ND, counts_e, plan = dispatcher.dispatch(x_TD, ids_TK, weights_TK, score_before_experts=True)
-
-        def linear(name: str, rows: Tensor) -> Tensor:
-            return grouped_linear(rows, read(self.experts, name), None, counts_e, transposed=True)
-
-        gate_NF, up_NF = linear("gate_up_proj", x_ND).chunk(2, dim=-1)
-        y_ND = linear("down_proj", up_NF * self.experts.act_fn(gate_NF))
-        return self.shared_expert(x_TD) + dispatcher.combine(y_ND, plan), logits_TE
+        return self.shared_expert(x_TD) + self.experts(x_TD, ids_TK, weights_TK), logits_TE
 
 
 def make_sparse(block: nn.Module) -> None:
     """Give one block the sparse forward, in place; parameters, hooks and names stay."""
     # A class and not a replaced method: it pickles, copies and compiles as any other.
     cast(Any, block).__class__ = SparseLlama4TextMoe
+    cast(Any, block).experts.__class__ = SparseLlama4TextExperts

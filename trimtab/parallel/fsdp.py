@@ -67,6 +67,14 @@ def shard_parameters(
             module.set_force_sum_reduction_for_comms(True)
 
 
+def gathers_inside_layers(
+    mesh: Mesh, *, experts: Sequence[nn.Module] = (), heads: Sequence[Sequence[nn.Module]] = ()
+) -> bool:
+    """Whether `shard_parameters` will let parts of a layer gather parameters of their own, as the layer runs."""
+    pairs = (("efsdp", experts), ("dp_cp", heads))
+    return any(len(groups) > 0 and mesh.fsdp_mesh(axis) is not None for axis, groups in pairs)
+
+
 def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     """This rank's part of every gradient."""
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]

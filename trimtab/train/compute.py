@@ -51,11 +51,16 @@ class CompileConfig:
         if self.enable and self.backend not in (known := torch.compiler.list_backends(exclude_tags=())):
             raise ValueError(f"backend={self.backend!r} must be one of {sorted(known)}; set compile.backend")
 
-    def apply(self, layers: Sequence[nn.Module]) -> None:
-        """Compile layers in place; their names and state dict stay."""
+    def apply(self, layers: Sequence[nn.Module], *, whole: bool = True) -> None:
+        """Compile layers in place; their names and state dict stay.
+
+        Args:
+            layers: decoder layers.
+            whole: each is one graph. Not so where FSDP gathers parameters inside of them: a graph ends there.
+        """
         if self.enable:
             for layer in layers:
-                layer.compile(fullgraph=True, backend=self.backend)
+                layer.compile(fullgraph=whole, backend=self.backend)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

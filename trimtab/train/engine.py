@@ -28,7 +28,7 @@ from trimtab.integrations.experts import use_trimtab_experts
 from trimtab.integrations.parallel import decoder_layers, parallelize
 from trimtab.integrations.stages import run_stage, split_into_stages
 from trimtab.microbatch import Context
-from trimtab.parallel.fsdp import shard_parameters
+from trimtab.parallel.fsdp import gathers_inside_layers, shard_parameters
 from trimtab.parallel.mesh import Mesh
 from trimtab.parallel.pipeline import Pipeline
 from trimtab.parallel.tokens import TokenShard
@@ -133,8 +133,11 @@ class Engine:
         if config.training.mixed_precision != "none":
             keep_routers_in_float32([router.module for router in routers], self.device)
         layers = decoder_layers(model)
-        config.compile.apply(layers)
-        if mesh is not None and divided is not None:
+        if mesh is None or divided is None:
+            config.compile.apply(layers)
+        else:
+            inner = gathers_inside_layers(mesh, experts=divided.experts, heads=divided.heads)
+            config.compile.apply(layers, whole=not inner)
             shard_parameters(
                 model,
                 mesh,
