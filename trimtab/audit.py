@@ -222,9 +222,8 @@ def _reference(balancer: Balancer, index: int, records: list[_Record]) -> Tensor
     own = [_routed(record, balancer) for record in records]
     ranks = [own]
     if group is not None:
-        detached = [[_cpu(one) for one in own]]
         everybody: list[Any] = [None] * group.size()
-        torch.distributed.all_gather_object(everybody, detached[0], group=group)
+        torch.distributed.all_gather_object(everybody, [_cpu(one) for one in own], group=group)
         ranks = [own if rank == group.rank() else theirs for rank, theirs in enumerate(everybody)]
     device = records[0].logits_TE.device
     # Microbatch m is what all ranks process together in one forward; or each data rank on its own.
@@ -315,7 +314,8 @@ def _explain(balancer: Balancer, ratio: float, residual: float) -> str:
     if residual > 10 * TOLERANCE and residual > 0.01 * abs(ratio):
         return (
             "the gradient points elsewhere: counts of the step are not the final ones (counts='prior' or "
-            "'running'), a second auxiliary loss is active, or run_step is not repeatable"
+            "'running'), microbatches differ in size and start_step was not told the totals, a second auxiliary "
+            "loss is active, or run_step is not repeatable"
         )
     if abs(ratio) < 1e-7:
         return "nothing arrives: the router's weights are detached, or its output is not used"

@@ -69,6 +69,7 @@ class Balancer:
             "document" if "document" in units else "sequence" if "sequence" in units else None
         )
         self.ranks = ranks or TokenRanks()
+        self.context.divided = self.ranks.num_sequence_ranks > 1
         self.ledger = Ledger(objectives, accumulation, reduction, self.ranks)
         if self.ledger.sums.is_needed:
             self.context.ledger = self.ledger
@@ -171,11 +172,13 @@ class Balancer:
             num_sequences: sequences of the step that have a valid token.
             num_documents: documents of the step that have a valid token.
 
+        With several ranks that share a step, totals are of all of them, and all say the same.
+
         Raises:
             RuntimeError: forwards of this step have already run.
             ValueError: no microbatch, or a negative total.
         """
-        if any(row.num_counted or row.num_forwards for row in self.ledger.rows):
+        if any(row.num_forwards or row.num_counting for row in self.ledger.rows):
             raise RuntimeError(
                 "start_step comes before the step's first forward; call balancer.step() to end one"
             )
@@ -191,7 +194,7 @@ class Balancer:
                 for objective in self.objectives:
                     objective.check(layer.router.num_experts, layer.router.top_k, plan)
             self.ledger.plan = plan
-        self.ledger.declared = DeclaredTotals(num_tokens, num_sequences, num_documents)
+        self.ledger.declare(DeclaredTotals(num_tokens, num_sequences, num_documents))
 
     @contextlib.contextmanager
     def microbatch(
@@ -217,6 +220,11 @@ class Balancer:
         Raises:
             ValueError: no shape, or shapes that disagree.
         """
+        if tokens is None and self.ranks.num_sequence_ranks > 1:
+            raise ValueError(
+                "sequences are divided over ranks.sequence; say which tokens of the whole (B, S) batch this rank "
+                "has: balancer.microbatch(tokens=...), with everything else describing the whole batch"
+            )
         known = valid_mask if valid_mask is not None else position_ids
         if batch_shape is None and known is None:
             raise ValueError("say batch_shape=(B, S), or give valid_mask or position_ids of that shape")
@@ -333,7 +341,11 @@ class Balancer:
         self._arm()
 
     def discard_step(self) -> None:
-        """Forget the forwards since the last `step`: for a step that was abandoned, say out of memory."""
+        """Forget the forwards since the last `step`: for a step that was abandoned, say out of memory.
+
+        With several ranks that share a step, only if all of them abandoned it at the same forward: sums that one
+        rank has started are waited for on the others.
+        """
         self.ledger.discard_step()
 
     def _arm(self) -> None:
@@ -427,11 +439,11 @@ class Balancer:
         Raises:
             RuntimeError: in the middle of a step.
         """
-        if any(row.num_counted for row in self.ledger.rows):
+        if any(row.num_forwards or row.num_counting for row in self.ledger.rows):
             raise RuntimeError("state_dict() belongs between steps; call balancer.step() first")
         layers = {}
         for layer, row in zip(self.layers, self.ledger.rows, strict=True):
-            layers[row.name] = {
+            entry = {
                 "maps": [repr(count_map) for count_map in row.maps],
                 "prior_counts_AE": row.prior_counts_AE,
                 "prior_num_tokens": row.prior_num_tokens,
@@ -439,6 +451,10 @@ class Balancer:
                 "running_load_E": layer.running_load_E,
                 "momentum_E": None if layer.bias is None else layer.bias.state.momentum_E,
                 "bias_enabled": layer.bias is not None and layer.bias.enabled,
+            }
+            # On the CPU: it may be read on another rank, which has no business on this one's device.
+            layers[row.name] = {
+                name: value.cpu() if isinstance(value, Tensor) else value for name, value in entry.items()
             }
         return {"num_steps": self.num_steps, "bias_frozen": self.bias_frozen, "layers": layers}
 

@@ -11,7 +11,7 @@ import itertools
 import warnings
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -171,7 +171,7 @@ class Ledger:
 
     def end_forward(self, ticket: int) -> None:
         """Start the sums over ranks of one forward's counts; all its layers have been observed."""
-        self.sums.start(ticket)
+        self.sums.start(ticket, self.rows)
 
     def _check_room(self, row: Row) -> None:
         """Raise if the step has had all its microbatches: its counts and weights would be wrong."""
@@ -360,6 +360,17 @@ class Ledger:
         """Complete the step's counts over ranks; what was measured of each row."""
         self.sums.settle(self.rows)
         counted = [row for row in self.rows if row.counts_AE is not None]
+        if counted and self.ranks.tokens is not None:
+            # Other ranks may have run layers that this one did not.
+            some = counted[0]
+            assert some.counts_AE is not None
+            assert some.sizes is not None
+            for row in self.rows:
+                if row.counts_AE is None:
+                    row.add(
+                        some.counts_AE.new_zeros(len(row.maps), row.num_experts), torch.zeros_like(some.sizes)
+                    )
+            counted = self.rows
         statistics = [row.statistic for row in counted if row.statistic is not None]
         tensors: list[Tensor] = []
         if not self.sums.sums_totals:
@@ -439,12 +450,17 @@ class Ledger:
             row.close()
         self.discard_step()
 
+    def declare(self, totals: DeclaredTotals) -> None:
+        """Take over totals of the coming step; what all ranks know needs no sum over them."""
+        self.declared = totals
+        self.sums.declare([field.name for field in fields(totals) if getattr(totals, field.name) is not None])
+
     def discard_step(self) -> None:
         """Forget what the current step counted and declared."""
         for row in self.rows:
             row.clear()
         self.sums.clear()
         self._read_counts = {}
-        self.declared = DeclaredTotals()
+        self.declare(DeclaredTotals())
         self.plan = self.accumulation
         self.loss_scale = None

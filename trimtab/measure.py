@@ -133,8 +133,15 @@ def finish(
     numbers = [StepNumbers() for _ in layers]
     if not sums:
         return numbers
-    flat = torch.stack([value for layer in sums.values() for value in layer.pairs])
-    maxima = torch.stack([layer.logit_max for layer in sums.values()])
+    # Layers of one process may lie on several devices.
+    device = next(iter(sums.values())).logit_max.device
+    if ranks.tokens is not None:
+        # A layer that this rank did not run may have run on others.
+        nothing = torch.zeros((), dtype=torch.float64, device=device)
+        missing = _Sums([nothing] * (2 * len(objectives) + 2), nothing - torch.inf)
+        sums = {layer: sums.get(layer, missing) for layer in range(len(layers))}
+    flat = torch.stack([value.to(device) for layer in sums.values() for value in layer.pairs])
+    maxima = torch.stack([layer.logit_max.to(device) for layer in sums.values()])
     if ranks.tokens is not None:
         dist.all_reduce(flat, group=ranks.tokens)
         dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=ranks.tokens)

@@ -112,6 +112,7 @@ class Context:
         self.current: Microbatch | None = None
         self.running = False  # inside the model's forward
         self.explicit: Microbatch | None = None  # given by the user for the forwards in a with block
+        self.divided = False  # sequences are divided over ranks, which no call of the model shows
         self.counting = False  # inside a counting pass, where gradients are off but tokens count
         self.argument_names: tuple[str, ...] = ()
         self.stock_loss: str | None = None  # what to say once if a call asks for the model's own loss
@@ -243,6 +244,11 @@ def read_call(context: Context, module: Any, args: tuple[Any, ...], kwargs: dict
     active = context.counting or (torch.is_grad_enabled() and module.training)
     if not active:
         return describe(None, active=False, batch_shape=batch_shape, device=tokens.device)
+    if context.divided:
+        raise ValueError(
+            f"{type(module).__name__} was called with a part of each sequence (ranks.sequence); call it inside "
+            "balancer.microbatch(batch_shape=(B, S), tokens=...), which says what the whole is"
+        )
     if (
         active
         and context.stock_loss

@@ -13,7 +13,8 @@ from torch.distributed import ProcessGroup
 class TokenRanks:
     """Ranks among which the tokens of a step, and of each sequence, are divided.
 
-    Every rank of a group must run the same model (or pipeline stage) with the same number of microbatches.
+    Every rank of a group must run the same model (or pipeline stage) with the same number of microbatches, and
+    in each of them at least one MoE layer.
     Ranks that hold copies of the same tokens, such as tensor-parallel ranks that do not divide the
     sequence, are not in a group together: their tokens would count several times.
 
@@ -48,6 +49,10 @@ class TokenRanks:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TokenRanks":
         """Groups are of the process, and copies share them."""
+        return self
+
+    def __copy__(self) -> "TokenRanks":
+        """Likewise."""
         return self
 
     def __reduce__(self) -> Any:

@@ -26,14 +26,17 @@ class PackedSum:
 
     def __init__(self, tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
         self._shapes = [tensor.shape for tensor in tensors]
-        self._flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        # Layers of one process may lie on several devices; sums are few numbers, and go where they are used.
+        self._devices = [tensor.device for tensor in tensors]
+        self._flat = torch.cat([tensor.reshape(-1).to(self._devices[0]) for tensor in tensors])
         self._work: Any = dist.all_reduce(self._flat, group=group, async_op=True)
 
     def wait(self) -> list[Tensor]:
         """The sums, in the shapes of the tensors."""
         self._work.wait()
         parts = self._flat.split([shape.numel() for shape in self._shapes])
-        return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+        places = zip(parts, self._shapes, self._devices, strict=True)
+        return [part.view(shape).to(device) for part, shape, device in places]
 
 
 @dataclass(slots=True)
@@ -67,10 +70,17 @@ class CountReduction:
 
     def __init__(self, ranks: TokenRanks, objectives: Sequence[Objective]) -> None:
         self.ranks = ranks
+        self.objectives = tuple(objectives)
         in_sequence = ranks.num_sequence_ranks > 1
         self.sums_groups = in_sequence and any(o.reads_groups for o in objectives)
-        self.sums_totals = ranks.num_ranks > 1 and any(o.reads_totals for o in objectives)
+        self.declare(())
         self._forwards: dict[int, Forward] = {}
+
+    def declare(self, totals: Sequence[str]) -> None:
+        """Say which totals of the step are known, so that they need no sum; every rank says the same."""
+        self.sums_totals = self.ranks.num_ranks > 1 and any(
+            o.reads_totals or not set(o.totals) <= set(totals) for o in self.objectives
+        )
 
     @property
     def is_needed(self) -> bool:
@@ -82,21 +92,39 @@ class CountReduction:
         forward = self._forwards.setdefault(ticket, Forward(adds))
         forward.counts[row], forward.sizes[row] = counts_AGE, sizes
 
-    def start(self, ticket: int) -> None:
-        """Start the sums of one forward, which has ended; every rank must."""
+    def start(self, ticket: int, rows: Sequence[Row] = ()) -> None:
+        """Start the sums of one forward, which has ended; every rank must.
+
+        Args:
+            ticket: the forward.
+            rows: those of all layers that some rank may have run in it; this rank's part of one that it did
+                not run is zero.
+        """
         forward = self._forwards.get(ticket)
         if forward is None or forward.started:
             return
         forward.started = True
-        rows = forward.counts
+        some = next(iter(forward.counts))
+        counts_AGE, sizes = forward.counts[some], forward.sizes[some]
+        for place, row in enumerate(rows):
+            if place not in forward.counts:
+                shape = (len(row.maps), counts_AGE.shape[1], row.num_experts)
+                forward.counts[place], forward.sizes[place] = (
+                    counts_AGE.new_zeros(shape),
+                    torch.zeros_like(sizes),
+                )
+        if rows:
+            # In one order on all ranks, whichever layers each of them ran first.
+            forward.counts = dict(sorted(forward.counts.items()))
+            forward.sizes = dict(sorted(forward.sizes.items()))
         if self.sums_groups:
             assert self.ranks.sequence is not None
-            forward.groups_sum = PackedSum(list(rows.values()), self.ranks.sequence)
+            forward.groups_sum = PackedSum(list(forward.counts.values()), self.ranks.sequence)
         if self.sums_totals:
             assert self.ranks.tokens is not None
             # Ranks that share sequences know the same sizes, and one of them speaks.
             speaks = int(self.ranks.is_first_of_sequence)
-            tensors = [counts_AGE.sum(dim=1) for counts_AGE in rows.values()]
+            tensors = [counts_AGE.sum(dim=1) for counts_AGE in forward.counts.values()]
             tensors += [sizes * speaks for sizes in forward.sizes.values()]
             forward.totals_sum = PackedSum(tensors, self.ranks.tokens)
 
@@ -127,7 +155,15 @@ class CountReduction:
 
     def totals(self, ticket: int, row: int) -> tuple[Tensor, Tensor] | None:
         """(A, E) counts and (3,) sizes of one forward over all ranks; None where nobody asked for them."""
-        return self._find(ticket, row).totals[row] if self.sums_totals else None
+        if not self.sums_totals:
+            return None
+        totals = self._find(ticket, row).totals
+        if row not in totals:
+            raise RuntimeError(
+                "a router's backward runs inside its model's forward, before the counts of other ranks are known; "
+                "run backward after the forward has ended"
+            )
+        return totals[row]
 
     def _find(self, ticket: int, row: int) -> Forward:
         forward = self._forwards.get(ticket)
@@ -143,6 +179,18 @@ class CountReduction:
         if self.ranks.tokens is None or not tensors:
             return list(tensors)
         return PackedSum(tensors, self.ranks.tokens).wait()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy between steps only: a sum under way belongs to this process.
+
+        Raises:
+            RuntimeError: in the middle of a step.
+        """
+        if self._forwards:
+            raise RuntimeError(
+                "a model with a balancer over several ranks was copied within a step; copy it between"
+            )
+        return self.__dict__
 
     def clear(self) -> None:
         """Forget the step; sums under way are waited for, so that no rank is left alone with one."""

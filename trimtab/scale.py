@@ -25,8 +25,7 @@ class GradReduction:
     Args:
         ranks: "sum" (trimtab's trainer; FSDP2 with sum reduction; one process) or "mean" (DDP, FSDP
             default).
-        num_ranks: data-parallel ranks R that share a step. Totals that nobody declares are taken to be R
-            times what this rank sees, and microbatch losses are averaged over ranks too.
+        num_ranks: ranks R that share a step: data-parallel ones, times those that divide its sequences.
         microbatches: what the loss given to `Balancer.follow` is. "mean": the mean over its microbatch,
             which the trainer then divides by the number of microbatches. "sum": already this
             microbatch's share of the step's loss, which the trainer does not divide. Only needed when

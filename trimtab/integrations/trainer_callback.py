@@ -88,7 +88,9 @@ class BalancerCallback(TrainerCallback):
             folders.insert(0, Path(given))
         for folder in folders:
             if (folder / STATE_FILE).is_file():
-                self.balancer.load_state_dict(torch.load(folder / STATE_FILE, weights_only=True))
+                self.balancer.load_state_dict(
+                    torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+                )
                 return
         warnings.warn(
             f"the run resumes at step {state.global_step}, but {folders[0]} holds no {STATE_FILE}: prior counts, "

@@ -204,6 +204,7 @@ def _check(config: TrainConfig, world_size: int, num_local: int) -> None:
 
 def _run(config: TrainConfig, name: str, *, quiet: bool) -> int:
     """Train in this process, alone or as one rank."""
+    from trimtab.train.distributed import stop_process_group
     from trimtab.train.launch import is_launched, prepare_rank
     from trimtab.train.trainer import Trainer, TrainingError
 
@@ -221,13 +222,18 @@ def _run(config: TrainConfig, name: str, *, quiet: bool) -> int:
             print(f"report:        {result.report.resolve()}")
         if result.status == "interrupted" and config.checkpoint.enable:
             print(f"continue with: --checkpoint.resume {result.run_dir}")
+    stop_process_group()
     return 0 if result.signal is None else 128 + result.signal
 
 
 def _plan(argv: list[str]) -> int:
     from trimtab.train.dry_run import plan_command
 
-    return plan_command(argv)
+    try:
+        return plan_command(argv)
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def _configs(argv: list[str]) -> int:

@@ -40,6 +40,15 @@ def start_process_group(device_type: str, timeout_seconds: int) -> torch.device:
     return device
 
 
+def stop_process_group() -> None:
+    """Leave the run's processes, all of which have finished.
+
+    Groups of gloo end with their processes: taken down while a peer still reads from them, it would abort.
+    """
+    if dist.is_initialized() and torch.cuda.is_available():
+        dist.destroy_process_group()
+
+
 def is_first_rank() -> bool:
     """Whether this process is the only one, or the one that writes files."""
     return not dist.is_initialized() or dist.get_rank() == 0

@@ -99,6 +99,9 @@ class Engine:
         self.num_stages = 1 if plan is None else plan.num_stages
         stages = (0,) if plan is None or mesh is None else plan.stages_of(mesh.rank("pp"))
         self.parts = [self._build(stage, vocab_size) for stage in stages]
+        if mesh is not None:
+            # What is random in the model is drawn by each rank for its own tokens.
+            torch.manual_seed(config.training.seed + 1 + dist.get_rank())
         self.pipeline: Pipeline | None = None
         if plan is not None and mesh is not None:
             width = self.parts[0].module.config.get_text_config().hidden_size
@@ -246,13 +249,12 @@ class Engine:
 
     def _count(self, batches: Sequence[TokenBatch]) -> None:
         """Run the step's forwards once without gradients, so that its counts are known."""
-        random_state = torch.get_rng_state()
-        with contextlib.ExitStack() as stack:
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), contextlib.ExitStack() as stack:
             for balancer in self.balancers:
                 stack.enter_context(balancer.counting_pass())
             for batch in batches:
                 self.forward(self.parts[0], batch)
-        torch.set_rng_state(random_state)
 
     def _sync_gradients(self, sync: bool) -> None:
         """Sum gradients over ranks in the next backward, or only keep them: summing once is enough."""

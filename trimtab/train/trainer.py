@@ -100,7 +100,8 @@ class Trainer:
         if checkpoint is not None:
             self._load(checkpoint)
         self.console = RunConsole(quiet=quiet, progress=config.metrics.progress)
-        self._signal: int | None = None
+        self._signal: int | None = None  # that this process has received
+        self._agreed: int | None = None  # that some process had received, as all know
         self._stopping = False
         self.log: MetricsLog | None = None
         self._saved_step = self.step
@@ -147,7 +148,7 @@ class Trainer:
                 self.log.close()
             report = self._write_report()
         return TrainResult(
-            run_dir=self.run_dir, status=status, step=self.step, report=report, signal=self._signal
+            run_dir=self.run_dir, status=status, step=self.step, report=report, signal=self._agreed
         )
 
     def _loop(self) -> None:
@@ -215,10 +216,9 @@ class Trainer:
             told = told.to(self.device)
             dist.all_reduce(told)
         total, *reached = told.tolist()
-        for name, number in zip(signals, reached, strict=True):
-            if number and self._signal is None:
-                self._signal = name
-        self._stopping = self._signal is not None
+        # Not self._signal: one that has come since is not known to the others, who would go on without this rank.
+        self._agreed = next((name for name, number in zip(signals, reached, strict=True) if number), None)
+        self._stopping = self._agreed is not None
         return float(total)
 
     def _balance(self) -> dict[str, Any]:
@@ -317,6 +317,7 @@ class Trainer:
             "seconds": self.seconds,
             "num_tokens": self.num_tokens,
             "config": to_dict(self.config),
+            "global_batch_size": self.engine.run.global_batch_size,
             "balancer": self._balancer_state(),
             "data": self.loader.state_dict(),
         }
@@ -340,6 +341,10 @@ class Trainer:
                 "the trimtab that saved it"
             )
         changed = differences(state["config"], to_dict(self.config))
+        rows, saved_rows = self.engine.run.global_batch_size, state.get("global_batch_size")
+        if saved_rows not in (None, rows):
+            # Left to follow from the number of data ranks, it is not in the configuration.
+            changed.append(f"rows of a step (saved {saved_rows}, now {rows})")
         if changed and not self.config.checkpoint.allow_changes:
             raise CheckpointError(
                 f"checkpoint {path} was saved by another configuration; it differs in {'; '.join(changed)}. "
