@@ -78,9 +78,13 @@ class CountReduction:
 
     def declare(self, totals: Sequence[str]) -> None:
         """Say which totals of the step are known, so that they need no sum; every rank says the same."""
-        self.sums_totals = self.ranks.num_ranks > 1 and any(
-            o.reads_totals or not set(o.totals) <= set(totals) for o in self.objectives
-        )
+        unknown = any(not set(objective.totals) <= set(totals) for objective in self.objectives)
+        self.sums_totals = self.reads_totals or (self.ranks.num_ranks > 1 and unknown)
+
+    @property
+    def reads_totals(self) -> bool:
+        """Whether totals are summed in each forward even if all totals are declared, as a trainer does."""
+        return self.ranks.num_ranks > 1 and any(objective.reads_totals for objective in self.objectives)
 
     @property
     def is_needed(self) -> bool:

@@ -166,7 +166,7 @@ def router_state(engine: Engine, part: Part) -> RouterState | None:
     counts = A * G * E * _INT64
     if ledger.sums.sums_groups:
         counts *= 2
-    if ledger.sums.sums_totals:
+    if ledger.sums.reads_totals:
         counts += (A * E + 3) * _INT64
     has_documents = balancer.context.unit == "document"
     masks = T + G * _INT64 + (G * _INT64 if has_documents else 0)

@@ -247,9 +247,9 @@ def _counts(engine: Engine, part: Part) -> Iterator[Collective]:
     if sums.sums_groups:
         num_bytes = counts * groups_of_microbatch(engine, part) * _INT64
         yield _times(forwards, "sequence", "all_reduce", "counts of sequences", num_bytes)
-    if sums.sums_totals:
+    if sums.reads_totals:
         yield _times(forwards, "tokens", "all_reduce", "counts", totals)
-    at_end = 0 if sums.sums_totals else totals
+    at_end = 0 if sums.reads_totals else totals
     for row in rows:
         at_end += 0 if row.statistic is None else row.num_experts * row.statistic.num_bins * _INT64
     if at_end:
