@@ -162,9 +162,10 @@ class Mesh:
         Beside the axes of `size`: "tokens", all ranks of this pipeline stage.
         """
         root = self._meshes.get(axis)
-        if root is None or root.size(root.mesh_dim_names.index(axis)) == 1:  # type: ignore[union-attr]
+        if root is None:
             return None
-        return root.get_group(axis)
+        group = root.get_group(axis)
+        return None if group.size() == 1 else group
 
     def device_mesh(self, *axes: str) -> DeviceMesh:
         """The part of the mesh that this rank's axes span, for DTensor: axes of one view, in its order."""

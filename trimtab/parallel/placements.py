@@ -15,6 +15,7 @@ forward a value goes from ``outside`` to ``inside``; in backward its gradient, w
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -67,12 +68,12 @@ def join(x: Tensor, dim: int, group: str) -> Tensor:
 
 class _Join(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, dim: int, group: str) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, x: Tensor, dim: int, group: str) -> Tensor:
         ctx.dim, ctx.group = dim, group
         return collectives.gather(x, dim, group)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return collectives.own_part(grad, ctx.dim, ctx.group), None, None
 
 
