@@ -141,9 +141,30 @@ def build_model(family: str, num_layers: int) -> Any:
         torch.set_default_dtype(default)
 
 
+def stock_arguments(model: Any, position_ids: Tensor) -> dict[str, Any]:
+    """Arguments beside the tokens with which a stock model keeps documents apart.
+
+    transformers' gpt_oss and afmoe (5.23) do not tell their masks where documents begin, so they are given masks.
+    """
+    if model.config.model_type not in ("gpt_oss", "afmoe"):
+        return {"position_ids": position_ids}
+    places = torch.arange(position_ids.shape[1])
+    documents = (position_ids == 0).cumsum(1)
+    causal = (documents[:, :, None] == documents[:, None]) & (places[:, None] >= places)
+    near = places[:, None] - places < model.config.sliding_window
+    masks = {
+        kind: torch.zeros(allowed.shape, dtype=model.dtype).masked_fill(
+            ~allowed, torch.finfo(model.dtype).min
+        )[:, None]
+        for kind, allowed in (("full_attention", causal), ("sliding_attention", causal & near))
+    }
+    return {"position_ids": position_ids, "attention_mask": masks}
+
+
 def forward(model: Any, rows: Rows) -> Tensor:
     """(B, S, vocabulary) logits. Without a cache, which would keep transformers from telling documents apart."""
-    logits: Tensor = model(input_ids=rows.input_ids, position_ids=rows.position_ids, use_cache=False).logits
+    arguments = stock_arguments(model, rows.position_ids)
+    logits: Tensor = model(input_ids=rows.input_ids, use_cache=False, **arguments).logits
     return logits
 
 

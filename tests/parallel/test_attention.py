@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.hf_models import VOCAB, tiny_model
 from tests.parallel.double import double_precision
 from tests.parallel.pool import Ranks, mesh_of
+from tests.parallel.reference import stock_arguments
 from trimtab.integrations.attention import attention_masks, model_arguments, parallelize_attention
 from trimtab.integrations.experts import use_trimtab_experts
 from trimtab.parallel.mesh import Degrees, Mesh
@@ -118,7 +120,7 @@ def run_parity(
     weights_BSV = torch.randn(B, S, VOCAB, dtype=torch.float64)
     shard = shard_of(mesh)
     with double_precision():
-        expected_BSV = reference(input_ids=ids_BS, position_ids=positions_BS).logits
+        expected_BSV = reference(input_ids=ids_BS, **stock_arguments(reference, positions_BS)).logits
         (expected_BSV * weights_BSV).sum().backward()
         parallelize_attention(model, mesh)
         runs: list[nn.Module] = []
@@ -189,7 +191,7 @@ def run_masks(name: str, implementation: str, packed: bool) -> None:
     model = make_model(name, attn_implementation=implementation)
     ids_BS, positions_BS = make_batch(packed)
     seen = _MasksSeen(model)
-    model(input_ids=ids_BS, position_ids=positions_BS)
+    model(input_ids=ids_BS, **stock_arguments(model, positions_BS))
     stock, seen.masks = seen.masks, []
     parallelize_attention(model, mesh)
     shard = shard_of(mesh)
@@ -411,3 +413,19 @@ def test_layers_of_a_kind_compile_to_one_graph(
     ranks: Ranks, name: str, num_graphs: int, overrides: dict[str, Any]
 ) -> None:
     ranks.run(run_compiled, 4, name, num_graphs, overrides, timeout=240)
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "mixtral"])
+def test_documents_of_one_rank_do_not_see_each_other(name: str) -> None:
+    """Also in models whose own masks do not look at positions."""
+    model = make_model(name)
+    with double_precision(), torch.no_grad():
+        ids_BS, positions_BS = make_batch(packed=True)
+        logits_BSV = model(
+            **model_arguments(model, ids_BS, positions_BS, TokenShard.make(S)), use_cache=False
+        ).logits
+        for row in range(B):
+            starts = [*(positions_BS[row] == 0).nonzero()[:, 0].tolist(), S]
+            for start, end in pairwise(starts):
+                alone = model(input_ids=ids_BS[row : row + 1, start:end], use_cache=False).logits[0]
+                torch.testing.assert_close(logits_BSV[row, start:end], alone, rtol=1e-10, atol=1e-10)

@@ -118,9 +118,7 @@ def test_cases_are_the_same_in_every_process() -> None:
     assert len({str(case) for case in CASES}) == len(CASES)
 
 
-# transformers' gpt_oss does not tell its masks where documents begin (5.23): they attend to each other, in one
-# process as on many.
-@pytest.mark.parametrize("family", sorted({*FAMILIES} - {"gpt_oss"}))
+@pytest.mark.parametrize("family", FAMILIES)
 def test_reference_keeps_documents_apart(family: str) -> None:
     case = next(case for case in CASES if case.family == family and case.packed)
     with double_precision(), torch.no_grad():

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from trimtab import BatchWise, GlobalBatch, Quantile, SequenceWise, Sign, ZLoss
 from trimtab.models.deepseek_v3 import deepseek_v3_671b, deepseek_v3_tiny
-from trimtab.models.qwen3_moe import Qwen3MoeModelConfig
+from trimtab.models.qwen3 import Qwen3ModelConfig
 from trimtab.train.compute import ActivationCheckpointConfig
 from trimtab.train.dry_run import dry_run, plan_command
 from trimtab.train.dry_run_text import render
@@ -170,7 +170,7 @@ def config_of(tmp_path, *, rows: int, micro: int = 1, model=None, balancing=None
     )
 
 
-QWEN = Qwen3MoeModelConfig(
+QWEN = Qwen3ModelConfig(
     balancing=deepseek_v3_tiny().model.balancing,
     dim=32,
     num_layers=2,

@@ -6,7 +6,7 @@ from torch.distributed import pipelining
 
 from trimtab import BatchWise, GlobalBatch
 from trimtab.models.deepseek_v3 import deepseek_v3_debugmodel, deepseek_v3_debugmodel_batch_wise
-from trimtab.models.qwen3_moe import qwen3_moe_debugmodel
+from trimtab.models.qwen3 import qwen3_debugmodel
 from trimtab.parallel.mesh import Degrees
 from trimtab.parallel.schedules import SCHEDULES
 from trimtab.scale import Accumulation
@@ -221,7 +221,7 @@ def test_a_model_or_row_that_cannot_be_divided_is_refused(world_size, given, sai
 
 
 def test_families_check_what_they_divide():
-    config = qwen3_moe_debugmodel()
+    config = qwen3_debugmodel()
     with pytest.raises(ValueError, match=r"tensor_parallel_degree=4 must divide model\.num_kv_heads=2"):
         run(4, config, tp=4)
     narrow = replace(config, model=replace(config.model, expert_hidden_dim=97))

@@ -2,8 +2,9 @@
 
 Masks are those that the model itself would build for the whole batch. Its decoder's forward runs on layers
 that only note the mask they are given, and transformers' mask functions are asked for this rank's rows alone.
-So a family's masks need no description here, and documents are told apart exactly as the model does it, or as
-little: gpt-oss and AFMoE do not look at positions when they build masks.
+So a family's masks need no description here, and documents are told apart exactly as the model does it. Models
+that do not look at positions when they build masks (gpt-oss, AFMoE), and so let documents of one row see each
+other, are found by trying, and given masks of transformers that do, on one rank too.
 
 Shapes: B sequences, S length, s tokens of this rank, c tokens that attention on this rank has queries for,
 D model.
@@ -24,6 +25,7 @@ from trimtab.parallel.tokens import TokenShard
 # The model's implementation, and the name under which it runs divided over ranks.
 IMPLEMENTATIONS = {"eager": "trimtab_eager", "sdpa": "trimtab_sdpa"}
 _SHARD = "_trimtab_shard"
+_SEPARATES = "_trimtab_separates_documents"
 
 Masks = Tensor | dict[str, Tensor]
 
@@ -63,7 +65,7 @@ def model_arguments(
 def position_arguments(
     model: nn.Module, position_ids_BS: Tensor, shard: TokenShard, *, dtype: torch.dtype | None = None
 ) -> dict[str, Any]:
-    """``position_ids`` (B, c) and ``attention_mask`` for a rank; only the former if it has all tokens.
+    """``position_ids`` (B, c) and ``attention_mask`` for a rank; usually only the former if it has all tokens.
 
     Args:
         model: as in `model_arguments`.
@@ -72,7 +74,13 @@ def position_arguments(
         dtype: as in `attention_masks`.
     """
     if shard.is_whole:
-        return {"position_ids": position_ids_BS}
+        decoder = decoder_of(model)
+        if separates_documents(decoder):
+            return {"position_ids": position_ids_BS}
+        masks = _document_masks(
+            decoder, decoder.config, position_ids_BS, dtype or next(model.parameters()).dtype
+        )
+        return {"position_ids": position_ids_BS, "attention_mask": masks}
     return {
         "position_ids": position_ids_BS[:, shard.queries_c.to(position_ids_BS.device)],
         "attention_mask": attention_masks(model, position_ids_BS, shard, dtype=dtype),
@@ -110,23 +118,9 @@ def attention_masks(
         dtype = next(model.parameters()).dtype
     config = copy.copy(decoder.config)
     setattr(config, _SHARD, shard)
-    notes = [_Note(layer) for layer in decoder.layers]
-    standin = copy.copy(decoder)
-    # The copy shares its dict of children with the decoder.
-    standin.__dict__["_modules"] = {
-        name: child if next(child.parameters(), None) is None else _Same()
-        for name, child in decoder.named_children()
-    }
-    standin.layers = nn.ModuleList(notes)
-    standin.config = config
-    num_rows, seq_len = position_ids_BS.shape
-    hidden = torch.zeros(1, dtype=dtype, device=position_ids_BS.device).expand(
-        num_rows, seq_len, config.hidden_size
-    )
-    # Without the decorators that record outputs, which know the decoder by its identity.
-    forward = inspect.unwrap(type(decoder).forward)
-    forward(standin, inputs_embeds=hidden, position_ids=position_ids_BS)
-    masks = [note.mask for note in notes]
+    if not separates_documents(decoder):
+        return _document_masks(decoder, config, position_ids_BS, dtype)
+    masks = _noted_masks(decoder, config, position_ids_BS, dtype)
     if not all(isinstance(mask, Tensor) for mask in masks):
         raise ValueError(
             f"{type(decoder).__name__} does not give its layers an attention_mask that transformers' mask "
@@ -136,6 +130,56 @@ def attention_masks(
         first: Tensor = masks[0]
         return first
     return dict(zip(config.layer_types, masks, strict=True))
+
+
+def separates_documents(decoder: Any) -> bool:
+    """Whether the masks that a decoder makes of positions keep documents of one row apart.
+
+    True also of decoders whose layers are given no masks to look at.
+    """
+    known: bool | None = getattr(decoder, _SEPARATES, None)
+    if known is None:
+        # Two documents of two tokens: the third must not see the second.
+        positions = torch.tensor([[0, 1, 0, 1]], device="cpu")
+        config = copy.copy(decoder.config)
+        config._attn_implementation = "eager"
+        masks = _noted_masks(decoder, config, positions, torch.float32)
+        seen = [mask for mask in masks if isinstance(mask, Tensor) and mask.dim() == 4]
+        known = all(bool(mask[0, 0, 2, 1] < 0) for mask in seen)
+        setattr(decoder, _SEPARATES, known)
+    return known
+
+
+def _document_masks(decoder: Any, config: Any, position_ids_BS: Tensor, dtype: torch.dtype) -> Masks:
+    """transformers' masks for a configuration's kinds of layers, with documents kept apart."""
+    from transformers.masking_utils import create_masks_for_generate
+
+    hidden = _no_hidden(config, position_ids_BS, dtype)
+    masks: Masks = create_masks_for_generate(config, hidden, None, None, position_ids_BS)
+    return masks
+
+
+def _no_hidden(config: Any, position_ids_BS: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, S, D) hidden states that take no memory."""
+    zero = torch.zeros(1, dtype=dtype, device=position_ids_BS.device)
+    return zero.expand(*position_ids_BS.shape, config.hidden_size)
+
+
+def _noted_masks(decoder: Any, config: Any, position_ids_BS: Tensor, dtype: torch.dtype) -> list[Any]:
+    """What the decoder's forward gives each of its layers as ``attention_mask``."""
+    notes = [_Note(layer) for layer in decoder.layers]
+    standin = copy.copy(decoder)
+    # The copy shares its dict of children with the decoder.
+    standin.__dict__["_modules"] = {
+        name: child if next(child.parameters(), None) is None else _Same()
+        for name, child in decoder.named_children()
+    }
+    standin.layers = nn.ModuleList(notes)
+    standin.config = config
+    # Without the decorators that record outputs, which know the decoder by its identity.
+    forward = inspect.unwrap(type(decoder).forward)
+    forward(standin, inputs_embeds=_no_hidden(config, position_ids_BS, dtype), position_ids=position_ids_BS)
+    return [note.mask for note in notes]
 
 
 class _Same(nn.Module):

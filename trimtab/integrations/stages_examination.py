@@ -38,15 +38,16 @@ def examine(model: nn.Module) -> Anatomy:
         ValueError: they are not.
     """
     anatomy = locate(model)
-    if any(p.is_meta for p in model.parameters()):
+    if any(buffer.is_meta for buffer in model.buffers()):
         raise ValueError(
-            f"{type(model).__name__} is on the meta device, where it cannot be tried out; build it with real "
-            "parameters before dividing it"
+            f"{type(model).__name__} has buffers on the meta device, where it cannot be tried out; build it with "
+            "real buffers before dividing it"
         )
     weight: Any = model.get_submodule(anatomy.embedding).weight
+    device = _device(model)
     hidden = torch.randn(2, 5, weight.shape[1], generator=torch.Generator().manual_seed(0))
-    hidden = hidden.to(weight.device, weight.dtype).requires_grad_()
-    ids = torch.ones(2, 5, dtype=torch.int64, device=weight.device)
+    hidden = hidden.to(device, weight.dtype).requires_grad_()
+    ids = torch.ones(2, 5, dtype=torch.int64, device=device)
     # Which of the owner's children come after the layers shows only when it runs.
     final = _run_emptied(model, anatomy, {"inputs_embeds": hidden})[0].after
     anatomy = changed(anatomy, final=tuple(name for name in final if name != anatomy.head))
@@ -61,6 +62,12 @@ def examine(model: nn.Module) -> Anatomy:
                 refusal(model, f"its layers read {differing[0]!r}, which only the first stage would have")
             )
     return anatomy
+
+
+def _device(model: nn.Module) -> torch.device:
+    """Where a model has values: parameters may be on the meta device, buffers are not."""
+    places = (tensor.device for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_meta)
+    return next(places, torch.device("cpu"))
 
 
 def _check_nothing_else_learns(model: nn.Module, anatomy: Anatomy) -> None:
@@ -97,6 +104,7 @@ def _emptied(model: nn.Module, anatomy: Anatomy, record: _Record, embedded: Tens
     modes = [(module, module.training) for module in model.modules()]
     old: dict[str, nn.Module] = {}
     hooks: list[Any] = []
+    empty: list[tuple[nn.Module, str, nn.Parameter]] = []
     # In training mode: dropout on embeddings would be drawn again on every stage.
     model.train()
     try:
@@ -109,8 +117,20 @@ def _emptied(model: nn.Module, anatomy: Anatomy, record: _Record, embedded: Tens
             path = f"{anatomy.owner}.{name}" if anatomy.owner else name
             if child is not anatomy.layers:
                 hooks.append(child.register_forward_hook(_after_layers(path, record, len(layers))))
+        empty = [
+            (m, key, p)
+            for m in model.modules()
+            for key, p in m._parameters.items()
+            if p is not None and p.is_meta
+        ]
+        for module, key, parameter in empty:
+            # One zero for all: what the final norm makes of hidden states does not matter until it is found.
+            zeros = torch.zeros((), dtype=parameter.dtype, device=_device(model)).expand(parameter.shape)
+            module._parameters[key] = nn.Parameter(zeros)
         yield
     finally:
+        for module, key, parameter in empty:
+            module._parameters[key] = parameter
         for hook in hooks:
             hook.remove()
         for name, module in old.items():

@@ -10,85 +10,63 @@ Legend: E experts, K top-k.
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from torch import nn
+from typing import Any, ClassVar
 
 from trimtab.bias import Sign
 from trimtab.losses import BatchWise, GlobalBatch, SequenceWise
-from trimtab.parallel.mesh import Degrees
 from trimtab.train.compute import ActivationCheckpointConfig
 from trimtab.train.config import TrainConfig, TrainingConfig
 from trimtab.train.data import DataConfig
 from trimtab.train.evaluation import ValidationConfig
+from trimtab.train.hf_model import HFModelConfig, YarnConfig
 from trimtab.train.logging import MetricsConfig
-from trimtab.train.model import Balancing, ModelConfig
+from trimtab.train.model import Balancing
 from trimtab.train.optim import LRSchedulerConfig, OptimizerConfig
 from trimtab.train.parallelism import ParallelismConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DeepseekV3ModelConfig(ModelConfig):
+class DeepseekV3ModelConfig(HFModelConfig):
     """Sizes of a DeepSeek-V3 model.
 
     Args:
-        dim: width of the model.
         num_dense_layers: first layers, whose feed-forward is dense.
         hidden_dim: hidden width of dense feed-forwards.
-        expert_hidden_dim: hidden width of one expert.
         num_shared_experts: experts that every token passes.
         num_groups: groups that experts are divided into for selection.
         num_limited_groups: groups a token may choose experts from.
         route_scale: factor on the routing weights.
-        num_heads: attention heads.
         q_lora_rank: rank of the queries' projection; None for a full one.
         kv_lora_rank: rank of the keys' and values' common projection.
         nope_head_dim: width of a head's part without positions.
         rope_head_dim: width of a head's part with positions.
         v_head_dim: width of a head's values.
-        init_std: standard deviation of initial weights.
-        vocab_size: rows of the embedding, at least the tokenizer's ids; None for as many.
+        rope_scaling: stretches positions beyond those of pretraining; None leaves them.
 
     Raises:
         ValueError: sizes that are not positive or do not fit each other.
     """
 
-    dim: int
     num_dense_layers: int = 1
     hidden_dim: int
-    expert_hidden_dim: int
     num_shared_experts: int = 1
     num_groups: int = 1
     num_limited_groups: int = 1
     route_scale: float = 1.0
-    num_heads: int
     q_lora_rank: int | None = None
     kv_lora_rank: int
     nope_head_dim: int
     rope_head_dim: int
     v_head_dim: int
-    init_std: float = 0.02
-    vocab_size: int | None = None
+    rope_scaling: YarnConfig | None = None
+
+    architecture: ClassVar[str] = "DeepseekV3ForCausalLM"
+    may_be_zero: ClassVar[frozenset[str]] = frozenset({"num_dense_layers"})
 
     def __post_init__(self) -> None:
         """Validate."""
-        ModelConfig.__post_init__(self)
-        sizes = (
-            "dim",
-            "hidden_dim",
-            "expert_hidden_dim",
-            "num_shared_experts",
-            "num_groups",
-            "num_limited_groups",
-            "num_heads",
-            "kv_lora_rank",
-            "nope_head_dim",
-            "rope_head_dim",
-            "v_head_dim",
-        )
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1; raise model.{name}")
-        if not 0 <= self.num_dense_layers < self.num_layers:
+        HFModelConfig.__post_init__(self)
+        if self.num_dense_layers >= self.num_layers:
             raise ValueError(
                 f"num_dense_layers={self.num_dense_layers} must be in [0, num_layers={self.num_layers}), so that "
                 "one layer has experts; lower model.num_dense_layers"
@@ -123,23 +101,15 @@ class DeepseekV3ModelConfig(ModelConfig):
         """The family's routers have one."""
         return True
 
-    def check_parallel(self, degrees: Degrees) -> None:
-        """Besides experts, heads are divided, and the width of each expert where the tensor ranks take it."""
-        ModelConfig.check_parallel(self, degrees)
-        self.check_divides("tensor_parallel_degree", degrees.tp, "num_heads")
-        self.check_divides("expert_tensor_parallel_degree", degrees.etp, "expert_hidden_dim")
+    def hf_config(self, vocab_size: int) -> Any:
+        """transformers' configuration."""
+        from transformers import DeepseekV3Config
 
-    def build(self, *, vocab_size: int, seq_len: int) -> nn.Module:
-        """Build transformers' `DeepseekV3ForCausalLM`."""
-        from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
-
-        if self.vocab_size is not None and self.vocab_size < vocab_size:
-            raise ValueError(
-                f"vocab_size={self.vocab_size} must be at least the tokenizer's {vocab_size}; raise "
-                "model.vocab_size, or set it to None"
-            )
-        config = DeepseekV3Config(
-            vocab_size=self.vocab_size or vocab_size,
+        rope: dict[str, Any] = {"rope_type": "default"}
+        if self.rope_scaling is not None:
+            rope = self.rope_scaling.parameters()
+        return DeepseekV3Config(
+            vocab_size=vocab_size,
             hidden_size=self.dim,
             num_hidden_layers=self.num_layers,
             first_k_dense_replace=self.num_dense_layers,
@@ -160,13 +130,15 @@ class DeepseekV3ModelConfig(ModelConfig):
             qk_rope_head_dim=self.rope_head_dim,
             v_head_dim=self.v_head_dim,
             max_position_embeddings=self.max_seq_len,
+            rope_parameters={**rope, "rope_theta": self.rope_theta},
+            rms_norm_eps=self.norm_eps,
             initializer_range=self.init_std,
+            tie_word_embeddings=self.tie_embeddings,
             num_mtp_layers=0,
             use_cache=False,
             bos_token_id=None,
             eos_token_id=None,
         )
-        return DeepseekV3ForCausalLM(config).train()
 
 
 def deepseek_v3_debugmodel() -> TrainConfig:

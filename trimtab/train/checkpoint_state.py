@@ -335,9 +335,14 @@ def _box(state: State, index: MetadataIndex) -> Tensor:
     return state[index.fqn].boxes[tuple(index.offset)]
 
 
+def canonical_name(name: str) -> str:
+    """The name that a module or tensor has in the stock model, without those of wrappers."""
+    return ".".join(segment for segment in name.split(".") if segment not in _WRAPPERS)
+
+
 def _canonical(named: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
     for name, value in named:
-        yield ".".join(segment for segment in name.split(".") if segment not in _WRAPPERS), value
+        yield canonical_name(name), value
 
 
 def _split_dims(module: nn.Module) -> Iterator[tuple[str, int]]:

@@ -3,9 +3,10 @@
 Legend: M microbatches of an optimiser step; B rows, S tokens of a row, s of them on this rank.
 
 Order of construction, for each part of the model that this rank holds (one, or several pipeline stages):
-weights as in one process -> experts on trimtab's kernels -> activation checkpointing -> attention and experts
-divided over tp, cp, ep, etp -> balancer -> torch.compile of layers -> FSDP. Whatever the plan, the loss of a step
-is the sum over its label tokens on all ranks, divided by their number, and gradients are summed.
+the model without values -> experts on trimtab's kernels -> activation checkpointing -> attention and experts
+divided over tp, cp, ep, etp -> balancer -> torch.compile of layers -> FSDP -> memory and values of this rank's
+part, the same as in one process. Whatever the plan, the loss of a step is the sum over its label tokens on all
+ranks, divided by their number, and gradients are summed.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import trimtab
 from trimtab.balancer import Balancer
 from trimtab.integrations.attention_masks import position_arguments
 from trimtab.integrations.discovery import FoundRouter, discover
+from trimtab.integrations.empty import allocate, to_device
 from trimtab.integrations.experts import use_trimtab_experts
 from trimtab.integrations.parallel import decoder_layers, parallelize
 from trimtab.integrations.stages import run_stage, split_into_stages
@@ -38,6 +40,7 @@ from trimtab.scale import GradReduction
 from trimtab.train.compute import autocast, keep_routers_in_float32
 from trimtab.train.config import TrainConfig
 from trimtab.train.evaluation import next_token_targets, token_loss
+from trimtab.train.initial_weights import draw_weights
 from trimtab.train.packing import TokenBatch
 from trimtab.train.parallelism import ResolvedRun
 
@@ -71,6 +74,7 @@ class Engine:
         mesh: where ranks are; None for one process.
         device: of this rank.
         vocab_size: rows of the embedding.
+        draw: give parameters their initial values; else they have none until something is read into them.
 
     Raises:
         ValueError: the model cannot be divided as asked.
@@ -84,6 +88,7 @@ class Engine:
         mesh: Mesh | None,
         device: torch.device,
         vocab_size: int,
+        draw: bool = True,
     ) -> None:
         self.config, self.run, self.mesh, self.device = config, run, mesh, device
         degrees = run.degrees
@@ -99,6 +104,8 @@ class Engine:
         self.num_stages = 1 if plan is None else plan.num_stages
         stages = (0,) if plan is None or mesh is None else plan.stages_of(mesh.rank("pp"))
         self.parts = [self._build(stage, vocab_size) for stage in stages]
+        if device.type != "meta":
+            self._fill(draw)
         if mesh is not None:
             # What is random in the model is drawn by each rank for its own tokens.
             torch.manual_seed(config.training.seed + 1 + dist.get_rank())
@@ -117,7 +124,7 @@ class Engine:
 
     def _build(self, stage: int, vocab_size: int) -> Part:
         config, mesh = self.config, self.mesh
-        # Each rank draws the weights of the whole model, so that they are those of one process.
+        # For families that are built with values, which are then those of one process.
         torch.manual_seed(config.training.seed)
         model = config.model.build(vocab_size=vocab_size, seq_len=config.data.seq_len)
         use_trimtab_experts(model)
@@ -128,7 +135,7 @@ class Engine:
             routers = [router for router in routers if router.module in mine]
         contexts: list[Context] = []
         config.activation_checkpoint.apply(model, contexts)
-        model = model.to(self.device)
+        to_device(model, self.device)
         divided = None if mesh is None else parallelize(model, mesh)
         balancer = self._attach(model) if routers else None
         if balancer is not None:
@@ -150,6 +157,14 @@ class Engine:
                 reshard_after_forward=self.num_stages == 1,
             )
         return Part(stage, model, routers, balancer)
+
+    def _fill(self, draw: bool) -> None:
+        """Give parameters that were built without values their memory, on this rank's own part of them alone."""
+        empty = [module for module in self.modules if any(p.is_meta for p in module.parameters())]
+        for module in empty:
+            allocate(module, self.device)
+        if draw:
+            draw_weights(empty, seed=self.config.training.seed)
 
     def _attach(self, model: nn.Module) -> Balancer:
         config, mesh, degrees = self.config, self.mesh, self.run.degrees

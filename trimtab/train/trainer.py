@@ -93,7 +93,12 @@ class Trainer:
         random.seed(config.training.seed)
         np.random.seed(config.training.seed % 2**32)
         self.engine = Engine(
-            config, run, mesh=self.mesh, device=self.device, vocab_size=self.loader.tokenizer.vocab_size
+            config,
+            run,
+            mesh=self.mesh,
+            device=self.device,
+            vocab_size=self.loader.tokenizer.vocab_size,
+            draw=checkpoint is None,
         )
         self.optimizer = config.optimizer.build(self.engine.parameters())
         self.checkpointer = Checkpointer(self.run_dir, keep=config.checkpoint.keep)

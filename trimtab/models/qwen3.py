@@ -10,64 +10,44 @@ Legend: E experts, K top-k.
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from torch import nn
+from typing import Any, ClassVar
 
 from trimtab.losses import GlobalBatch
-from trimtab.parallel.mesh import Degrees
 from trimtab.train.config import TrainConfig, TrainingConfig
 from trimtab.train.data import DataConfig
-from trimtab.train.model import Balancing, ModelConfig
+from trimtab.train.hf_model import HFModelConfig
+from trimtab.train.model import Balancing
 from trimtab.train.optim import OptimizerConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Qwen3MoeModelConfig(ModelConfig):
+class Qwen3ModelConfig(HFModelConfig):
     """Sizes of a Qwen3-MoE model. All layers have experts.
 
     Args:
-        dim: width of the model.
-        expert_hidden_dim: hidden width of one expert.
-        num_heads: heads of queries.
         num_kv_heads: heads of keys and values; divides ``num_heads``.
         head_dim: width of a head.
-        init_std: standard deviation of initial weights.
 
     Raises:
         ValueError: sizes that are not positive or do not fit each other.
     """
 
-    dim: int
-    expert_hidden_dim: int
-    num_heads: int
     num_kv_heads: int
     head_dim: int
-    init_std: float = 0.02
+
+    architecture: ClassVar[str] = "Qwen3MoeForCausalLM"
+    tp_divides: ClassVar[tuple[str, ...]] = ("num_heads", "num_kv_heads")
 
     def __post_init__(self) -> None:
         """Validate."""
-        ModelConfig.__post_init__(self)
-        for name in ("dim", "expert_hidden_dim", "num_heads", "num_kv_heads", "head_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1; raise model.{name}")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}; change one of them"
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} must be even; change model.head_dim")
+        HFModelConfig.__post_init__(self)
+        self.check_heads(self.num_kv_heads, self.head_dim)
 
-    def check_parallel(self, degrees: Degrees) -> None:
-        """Besides experts, heads are divided, and the width of each expert where the tensor ranks take it."""
-        ModelConfig.check_parallel(self, degrees)
-        self.check_divides("tensor_parallel_degree", degrees.tp, "num_heads", "num_kv_heads")
-        self.check_divides("expert_tensor_parallel_degree", degrees.etp, "expert_hidden_dim")
+    def hf_config(self, vocab_size: int) -> Any:
+        """transformers' configuration."""
+        from transformers import Qwen3MoeConfig
 
-    def build(self, *, vocab_size: int, seq_len: int) -> nn.Module:
-        """Build transformers' `Qwen3MoeForCausalLM`."""
-        from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-        config = Qwen3MoeConfig(
+        return Qwen3MoeConfig(
             vocab_size=vocab_size,
             hidden_size=self.dim,
             num_hidden_layers=self.num_layers,
@@ -81,21 +61,31 @@ class Qwen3MoeModelConfig(ModelConfig):
             num_key_value_heads=self.num_kv_heads,
             head_dim=self.head_dim,  # type: ignore[call-arg]
             max_position_embeddings=self.max_seq_len,
+            rope_parameters={"rope_type": "default", "rope_theta": self.rope_theta},
+            rms_norm_eps=self.norm_eps,
             initializer_range=self.init_std,
+            tie_word_embeddings=self.tie_embeddings,
             use_cache=False,
-            tie_word_embeddings=False,
             pad_token_id=None,
             bos_token_id=None,
             eos_token_id=None,
         )
-        return Qwen3MoeForCausalLM(config).train()
 
 
-def qwen3_moe_debugmodel() -> TrainConfig:
+def qwen3_balancing(*, coef: float = 8e-3) -> Balancing:
+    """The global-batch loss that the report names.
+
+    Args:
+        coef: the report gives none; this one is of the paper it cites (arXiv:2501.11873, section 4).
+    """
+    return Balancing(objectives=(GlobalBatch.Config(coef=coef),))
+
+
+def qwen3_debugmodel() -> TrainConfig:
     """Small model, global-batch loss over 4 domain-pure microbatches; minutes on two CPU cores."""
     return TrainConfig(
-        model=Qwen3MoeModelConfig(
-            balancing=Balancing(objectives=(GlobalBatch.Config(coef=1e-2),)),
+        model=Qwen3ModelConfig(
+            balancing=qwen3_balancing(coef=1e-2),
             dim=128,
             num_layers=6,
             expert_hidden_dim=96,
