@@ -197,14 +197,16 @@ def _recording(balancer: Balancer) -> Iterator[list[list[_Record]]]:
                 return
             gate_input = args[0] if args else next(iter(kwargs.values()))
             logits_TE, _, ids_TK = state.unpack(output, state.top_k)
-            records[index].append(
-                _Record(
-                    gate_input.detach().reshape(-1, gate_input.shape[-1]).double(),
-                    logits_TE.detach().reshape(-1, logits_TE.shape[-1]).double(),
-                    ids_TK.reshape(-1, ids_TK.shape[-1]),
-                    microbatch,
-                )
+            rows = (
+                gate_input.detach().reshape(-1, gate_input.shape[-1]).double(),
+                logits_TE.detach().reshape(-1, logits_TE.shape[-1]).double(),
+                ids_TK.reshape(-1, ids_TK.shape[-1]),
             )
+            for part, own in zip(
+                microbatch.parts, zip(*map(microbatch.split, rows), strict=True), strict=True
+            ):
+                gate_input_TD, logits_TE, ids_TK = own
+                records[index].append(_Record(gate_input_TD, logits_TE, ids_TK, part))
 
         handles.append(layer.router.module.register_forward_hook(hook, with_kwargs=True))
     try:

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from trimtab.bias import BiasRule
 from trimtab.hooks import MODEL_STATE, ROUTER_STATE, RouterState, after_model, after_router, before_model
+from trimtab.interleaved import MicrobatchRun, concatenate, interleave
 from trimtab.layer import Layer, RouterView, check_bias_dtype, layer_bias
 from trimtab.ledger import DeclaredTotals, Ledger
 from trimtab.measure import StepNumbers
-from trimtab.metrics import RUNNING_DECAY, LayerSnapshot, summarize
-from trimtab.microbatch import Context, Follow, describe
+from trimtab.metrics import RUNNING_DECAY, LayerSnapshot, check_totals, summarize
+from trimtab.microbatch import Context, Description, Follow, describe_given
 from trimtab.objective import Objective
 from trimtab.ranks import TokenRanks
 from trimtab.scale import Accumulation, GradReduction
@@ -122,7 +123,8 @@ class Balancer:
             **extra,
         )
         setattr(router.module, ROUTER_STATE, state)
-        layer.hooks.append(router.module.register_forward_hook(after_router, with_kwargs=True))
+        if not state.fused:
+            layer.hooks.append(router.module.register_forward_hook(after_router, with_kwargs=True))
         self.layers.append(layer)
 
     def add_context(self, model: nn.Module, module: nn.Module, argument_names: tuple[str, ...]) -> None:
@@ -178,7 +180,7 @@ class Balancer:
             RuntimeError: forwards of this step have already run.
             ValueError: no microbatch, or a negative total.
         """
-        if any(row.num_forwards or row.num_counting for row in self.ledger.rows):
+        if self.ledger.in_step:
             raise RuntimeError(
                 "start_step comes before the step's first forward; call balancer.step() to end one"
             )
@@ -196,7 +198,6 @@ class Balancer:
             self.ledger.plan = plan
         self.ledger.declare(DeclaredTotals(num_tokens, num_sequences, num_documents))
 
-    @contextlib.contextmanager
     def microbatch(
         self,
         *,
@@ -205,8 +206,11 @@ class Balancer:
         cu_seqlens: Tensor | None = None,
         position_ids: Tensor | None = None,
         tokens: Tensor | None = None,
-    ) -> Iterator[None]:
-        """Describe the tokens of the forward inside the block, where the model's arguments cannot.
+    ) -> Description:
+        """Describe the tokens of a forward, where the model's arguments cannot.
+
+        Enter it around the forward, ``with balancer.microbatch(...): model(...)``, or give several to
+        `interleaved` or `concatenated`.
 
         Args:
             batch_shape: (B, S) of the tokens that routers see; read off the mask or positions if None.
@@ -220,32 +224,58 @@ class Balancer:
         Raises:
             ValueError: no shape, or shapes that disagree.
         """
-        if tokens is None and self.ranks.num_sequence_ranks > 1:
-            raise ValueError(
-                "sequences are divided over ranks.sequence; say which tokens of the whole (B, S) batch this rank "
-                "has: balancer.microbatch(tokens=...), with everything else describing the whole batch"
-            )
-        known = valid_mask if valid_mask is not None else position_ids
-        if batch_shape is None and known is None:
-            raise ValueError("say batch_shape=(B, S), or give valid_mask or position_ids of that shape")
-        device = next((t.device for t in (valid_mask, position_ids, cu_seqlens) if t is not None), None)
-        if device is None:
-            device = next(self.layers[0].router.module.parameters()).device
-        shape = batch_shape if batch_shape is not None else (known.shape[0], known.shape[1])  # type: ignore[union-attr]
-        described = describe(
-            self.context.unit,
-            active=True,
-            batch_shape=shape,
-            device=device,
+        return describe_given(
+            self.context,
+            next(self.layers[0].router.module.parameters()).device,
+            batch_shape=batch_shape,
             valid_mask=valid_mask,
             cu_seqlens=cu_seqlens,
             position_ids=position_ids,
+            tokens=tokens,
         )
-        self.context.explicit = described if tokens is None else described.take(tokens.to(device))
-        try:
-            yield
-        finally:
-            self.context.explicit = None
+
+    def interleaved(
+        self, microbatches: Sequence[Description]
+    ) -> contextlib.AbstractContextManager[tuple[MicrobatchRun, ...]]:
+        """Run the forwards of several microbatches by turns, as overlapping two batches does.
+
+            with balancer.interleaved([balancer.microbatch(...), balancer.microbatch(...)]) as (run_a, run_b):
+                for layer in layers:
+                    x_a = run_a(layer, x_a)
+                    x_b = run_b(layer, x_b)
+
+        Each is a training forward of its own, as if they ran one after the other. They end with the block, and
+        backward runs after it, of their losses one by one or of the sum. If the block raises, nothing of the
+        microbatches that have not ended is counted.
+
+        Args:
+            microbatches: what `microbatch` or `concatenated` returned, in the order of their forwards.
+
+        Returns:
+            A context manager whose value is one `MicrobatchRun` for each.
+
+        Raises:
+            ValueError: no microbatch, or something else.
+            RuntimeError: on entering, inside another block or `microbatch`; on leaving, a layer that ran some
+                of the microbatches and not others.
+        """
+        return interleave(self.context, self.ledger, microbatches)
+
+    def concatenated(self, microbatches: Sequence[Description]) -> Description:
+        """Describe one forward on the tokens of several microbatches, each following the one before.
+
+            with balancer.concatenated([balancer.microbatch(...), balancer.microbatch(...)]):
+                model(torch.cat([tokens_a, tokens_b]))
+
+        Each stays a microbatch: of the step's number, of losses of microbatch scope, of what is logged.
+
+        Args:
+            microbatches: what `microbatch` returned, in the order of their tokens.
+
+        Raises:
+            ValueError: no microbatch, or something else.
+        """
+        return concatenate(self.context, microbatches)
 
     @contextlib.contextmanager
     def counting_pass(self) -> Iterator[None]:
@@ -377,33 +407,11 @@ class Balancer:
         Warns if declared totals of the step were not what was counted, or if microbatches differed in size
         and nobody declared the totals that the objectives need.
         """
-        self._check_totals()
+        needed = {name for objective in self.objectives for name in objective.totals}
+        declared = {name: getattr(self._declared, name) for name in needed}
+        check_totals(self._snapshots, declared, complete=self._plan.counts_are_complete)
         coefs = {objective.name: objective.coef for objective in self.objectives}
         return summarize(self._snapshots, coefs)
-
-    def _check_totals(self) -> None:
-        needed = {name for objective in self.objectives for name in objective.totals}
-        for place, name in enumerate(("num_tokens", "num_sequences", "num_documents")):
-            if name not in needed:
-                continue
-            declared = getattr(self._declared, name)
-            for snapshot in self._snapshots:
-                low, high = (int(sizes[place]) for sizes in snapshot.sizes_range)
-                counted = int(snapshot.sizes[place])
-                if declared is not None and declared != counted:
-                    warnings.warn(
-                        f"start_step({name}={declared}) was declared, but {snapshot.name} counted {counted}: the "
-                        "losses of this step were scaled by the ratio; declare what the step holds",
-                        stacklevel=3,
-                    )
-                    return
-                if declared is None and low != high and not self._plan.counts_are_complete:
-                    warnings.warn(
-                        f"microbatches of one step hold from {low} to {high} ({name}), and each was weighted as "
-                        f"1/M of the step; call balancer.start_step({name}=...) for exact weights",
-                        stacklevel=3,
-                    )
-                    return
 
     # ---------------------------------------------------------------- bias and state
 
@@ -439,15 +447,12 @@ class Balancer:
         Raises:
             RuntimeError: in the middle of a step.
         """
-        if any(row.num_forwards or row.num_counting for row in self.ledger.rows):
+        if self.ledger.in_step:
             raise RuntimeError("state_dict() belongs between steps; call balancer.step() first")
         layers = {}
         for layer, row in zip(self.layers, self.ledger.rows, strict=True):
             entry = {
-                "maps": [repr(count_map) for count_map in row.maps],
-                "prior_counts_AE": row.prior_counts_AE,
-                "prior_num_tokens": row.prior_num_tokens,
-                "prior_num_microbatches": row.prior_num_microbatches,
+                **row.state(),
                 "running_load_E": layer.running_load_E,
                 "momentum_E": None if layer.bias is None else layer.bias.state.momentum_E,
                 "bias_enabled": layer.bias is not None and layer.bias.enabled,
@@ -472,16 +477,7 @@ class Balancer:
             )
         for layer, row in zip(self.layers, self.ledger.rows, strict=True):
             saved = state["layers"][row.name]
-            counts_AE = saved["prior_counts_AE"]
-            maps = [repr(count_map) for count_map in row.maps]
-            num_experts = row.num_experts if counts_AE is None else counts_AE.shape[1]
-            if saved["maps"] != maps or num_experts != row.num_experts:
-                raise ValueError(
-                    f"{row.name}: the saved counts are of {num_experts} experts and {saved['maps']}, expected "
-                    f"{row.num_experts} and {maps}; the objectives or experts differ from the saved run"
-                )
-            row.prior_counts_AE, row.prior_num_tokens = counts_AE, saved["prior_num_tokens"]
-            row.prior_num_microbatches = saved["prior_num_microbatches"]
+            row.load_state(saved)
             layer.running_load_E = saved["running_load_E"]
             if layer.bias is not None:
                 layer.bias.state.momentum_E = saved["momentum_E"]

@@ -96,6 +96,13 @@ class Statistic:
             raise RuntimeError("the quantile rule has counted no token in this step")
         return self.histogram_EN
 
+    def merge(self, other: "Statistic") -> None:
+        """Add the microbatches of another statistic of the same layer and step."""
+        if other.histogram_EN is not None:
+            mine_EN = self.histogram_EN
+            self.histogram_EN = other.histogram_EN if mine_EN is None else mine_EN + other.histogram_EN
+            self.reach = other.reach
+
     def clear(self) -> None:
         """Forget the step."""
         self.histogram_EN = self.reach = None

@@ -13,7 +13,7 @@ one graph for all layers, and copies or pickles of the model carry their own sta
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from trimtab import ops
 from trimtab.injection import Injection
 from trimtab.ledger import Ledger
-from trimtab.microbatch import Context, Microbatch, describe, read_call
+from trimtab.microbatch import Concatenation, Context, Microbatch, describe, read_call
 from trimtab.scores import ScoreName
 
 ROUTER_STATE = "_trimtab_router"
@@ -48,6 +48,7 @@ class RouterState:
             another dtype.
         bias_holder: module that holds the selection bias, needed only if the bias rule reads scores.
         bias_path: attribute path of the bias on its holder.
+        fused: the router counts and injects itself as part of its forward, so that it has no hook.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class RouterState:
         keeps_input: bool,
         bias_holder: nn.Module | None = None,
         bias_path: tuple[str, ...] = (),
+        fused: bool = False,
     ) -> None:
         self.ledger = ledger
         self.row = row
@@ -79,6 +81,7 @@ class RouterState:
         self.keeps_input = keeps_input
         self.bias_holder = bias_holder
         self.bias_path = bias_path
+        self.fused = fused
         self.num_maps = len(ledger.rows[row].maps)
         self.injects = bool(ledger.objectives)
         self.has_z = any(o.reads_logits for o in ledger.objectives)
@@ -115,7 +118,46 @@ def after_router(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         # Only where needed: gradients that meet at a view are added out of place.
         logits_TE = logits_TE.reshape(-1, logits_TE.shape[-1])
     ids_TK = ids_TK.reshape(-1, ids_TK.shape[-1])
-    microbatch = state.context.current
+    microbatch = current_microbatch(state, module, gate_input, ids_TK)
+    if microbatch is None:
+        return None
+    expert_bias_E = expert_bias(state)
+    injects = state.injects and logits_TE.requires_grad
+    gate_input_TD, gate_weight, gate_bias = (
+        kept_gate(state, module, gate_input, logits_TE) if injects else (None, None, None)
+    )
+    parts = microbatch.parts
+    inputs = [None] * len(parts) if gate_input_TD is None else microbatch.split(gate_input_TD)
+    for part, part_logits_TE, part_ids_TK, part_input_TD in zip(
+        parts, microbatch.split(logits_TE), microbatch.split(ids_TK), inputs, strict=True
+    ):
+        weights = _balance(
+            state,
+            part,
+            weights,
+            part_logits_TE,
+            part_ids_TK,
+            expert_bias_E,
+            (part_input_TD, gate_weight, gate_bias) if injects else None,
+        )
+    return state.repack(output, weights)
+
+
+def current_microbatch(
+    state: RouterState, module: nn.Module, gate_input: Tensor, routed: Tensor
+) -> Microbatch | Concatenation | None:
+    """The microbatch that a router's forward is of, on its device; None if its tokens do not count.
+
+    Args:
+        state: of the router.
+        module: the router.
+        gate_input: (B, S, D) or (T, D) what it was called with.
+        routed: (T, ...) what it makes of each token.
+
+    Raises:
+        ValueError: the router saw other tokens than the model.
+    """
+    microbatch: Microbatch | Concatenation | None = state.context.current
     # Between forwards only a recomputation belongs to the last microbatch. (A compiled layer cannot ask.)
     called_alone = not (
         torch.compiler.is_compiling() or state.context.running or torch._C._current_graph_task_id() != -1
@@ -123,32 +165,84 @@ def after_router(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     if microbatch is None or called_alone:
         # The router is called by itself, outside the model: its input is all there is to know.
         batch_shape = (
-            (gate_input.shape[0], gate_input.shape[1]) if gate_input.dim() == 3 else (1, ids_TK.shape[0])
+            (gate_input.shape[0], gate_input.shape[1]) if gate_input.dim() == 3 else (1, routed.shape[0])
         )
         microbatch = describe(
             state.context.unit,
             active=module.training and torch.is_grad_enabled(),
             batch_shape=batch_shape,
-            device=ids_TK.device,
+            device=routed.device,
         )
         state.context.number(microbatch)
     if not microbatch.active:
         return None
-    microbatch = microbatch.to(ids_TK.device)
+    microbatch = microbatch.to(routed.device)
     # A compiled layer takes integers that it finds on modules for constants: one graph for every size.
-    if not torch.compiler.is_compiling() and microbatch.num_rows != ids_TK.shape[0]:
+    if not torch.compiler.is_compiling() and microbatch.num_rows != routed.shape[0]:
         raise ValueError(
-            f"{type(module).__name__} routed {ids_TK.shape[0]} tokens, but the model was called with "
+            f"{type(module).__name__} routed {routed.shape[0]} tokens, but the model was called with "
             f"{microbatch.num_rows}; if the model routes other tokens than it is given, call it inside "
             "balancer.microbatch(batch_shape=(B, S), ...) that describes what its routers see"
         )
+    return microbatch
+
+
+def expert_bias(state: RouterState) -> Tensor | None:
+    """(E,) selection bias if the bias rule reads it in forward."""
+    if state.bias_holder is None:
+        return None
+    found: Any = state.bias_holder
+    for name in state.bias_path:
+        found = getattr(found, name)
+    bias_E: Tensor = found.detach().reshape(-1)
+    return bias_E
+
+
+def kept_gate(
+    state: RouterState, module: nn.Module, gate_input: Tensor, logits_TE: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(T, D) input, weight and bias of the gate, to compute logits again from; three times None to keep logits.
+
+    Args:
+        state: of the router.
+        module: the router.
+        gate_input: what it was called with.
+        logits_TE: (T, E) that the gate made of it.
+    """
+    # Holding an input that nobody else holds would cost more than the logits. A frozen gate does not hold its
+    # input, and under autocast gates hold a cast copy.
+    if state.gate_weight is None or torch.is_autocast_enabled(gate_input.device.type):
+        return None, None, None
+    weight = getattr(module, state.gate_weight)
+    held_by_gate = weight.requires_grad and gate_input.dtype == logits_TE.dtype
+    if not (state.keeps_input or held_by_gate):
+        return None, None, None
+    bias = None if state.gate_bias is None else getattr(module, state.gate_bias).detach()
+    return gate_input.detach().reshape(-1, gate_input.shape[-1]), weight.detach(), bias
+
+
+def _balance(
+    state: RouterState,
+    microbatch: Microbatch,
+    weights: Tensor,
+    logits_TE: Tensor,
+    ids_TK: Tensor,
+    expert_bias_E: Tensor | None,
+    gate: tuple[Tensor | None, Tensor | None, Tensor | None] | None,
+) -> Tensor:
+    """Count one microbatch, and hang its gradient on the routing weights of the whole forward.
+
+    Args:
+        state: of the router.
+        microbatch: what the tokens are.
+        weights: of all tokens of the forward. Its values stay as they are.
+        logits_TE: (T, E) of the microbatch. Receives the injected gradient.
+        ids_TK: (T, K) of the microbatch.
+        expert_bias_E: (E,) selection bias if the bias rule reads it.
+        gate: input of the microbatch's tokens, weight and bias, each None if logits are kept instead; None to
+            count without a gradient.
+    """
     num_sequences = 0 if microbatch.sequence_of_group_G is None else microbatch.num_sequences
-    expert_bias_E: Any = None
-    if state.bias_holder is not None:
-        expert_bias_E = state.bias_holder
-        for name in state.bias_path:
-            expert_bias_E = getattr(expert_bias_E, name)
-        expert_bias_E = expert_bias_E.detach().reshape(-1)
     counts_AGE, zero = ops.observe(
         state.handle,
         microbatch.ticket,
@@ -162,26 +256,13 @@ def after_router(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         num_sequences,
         state.num_maps,
     )
-    if not (state.injects and logits_TE.requires_grad):
-        return state.repack(output, weights + zero.to(weights.dtype))
-    gate_input_TD = gate_weight = gate_bias = None
-    # Holding an input that nobody else holds would cost more than the logits. A frozen gate does not hold its
-    # input, and under autocast gates hold a cast copy.
-    if state.gate_weight is not None and not torch.is_autocast_enabled(gate_input.device.type):
-        weight = getattr(module, state.gate_weight)
-        held_by_gate = weight.requires_grad and gate_input.dtype == logits_TE.dtype
-        if state.keeps_input or held_by_gate:
-            gate_input_TD = gate_input.detach().reshape(-1, gate_input.shape[-1])
-            gate_weight = weight.detach()
-            if state.gate_bias is not None:
-                gate_bias = getattr(module, state.gate_bias).detach()
-    weights = Injection.apply(
+    if gate is None:
+        return weights + zero.to(weights.dtype)
+    injected: Tensor = Injection.apply(
         weights,
         zero,
         logits_TE,
-        gate_input_TD,
-        gate_weight,
-        gate_bias,
+        *gate,
         counts_AGE,
         microbatch.num_tokens_G,
         microbatch.sequence_of_group_G,
@@ -194,14 +275,16 @@ def after_router(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         state.has_z,
         state.needs_prob_sums,
     )
-    return state.repack(output, weights)
+    return injected
 
 
 def before_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Describe the microbatch that the model is called with."""
     context: Context = getattr(module, MODEL_STATE)
+    active = context.counting or (torch.is_grad_enabled() and module.training)
+    if _speaks_for_itself(context, active):
+        return
     if context.explicit is not None:
-        active = context.counting or (torch.is_grad_enabled() and module.training)
         context.current = context.explicit.with_active(active)
     else:
         context.current = read_call(context, module, args, kwargs)
@@ -209,36 +292,63 @@ def before_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     context.running = True
 
 
+def _speaks_for_itself(context: Context, active: bool) -> bool:
+    """Whether parts of this forward say, or have said, whose tokens they hold."""
+    if context.in_run or (context.interleaved and active):
+        return True
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        return False
+    # Backward computes a part again, and its output has said whose it is.
+    return context.current is not None and context.current.by_turns
+
+
 def after_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """Mark the output with its microbatch. Inside one compiled graph nothing needs the mark."""
     context: Context = getattr(module, MODEL_STATE)
+    if context.in_run or not context.running:
+        return  # the hook before the model did nothing either
     context.running = False
     microbatch = context.current
     if not torch.compiler.is_compiling() and microbatch is not None and microbatch.active:
         if context.ledger is not None:
-            context.ledger.end_forward(int(microbatch.ticket))
-        _mark(output, partial(_make_current, context, microbatch))
+            for part in microbatch.parts:
+                context.ledger.end_forward(int(part.ticket))
+        mark(output, context, microbatch)
 
 
-def _make_current(context: Context, microbatch: Microbatch, grad: Tensor) -> None:
+def mark(output: Any, context: Context, microbatch: Microbatch | Concatenation) -> bool:
+    """See to it that recomputation in backward sees its own microbatch; whether a tensor was found.
+
+    Checkpointed layers run their forward once more in backward, when another microbatch may have replaced the
+    masks and groups that their routers read. Backward runs nodes in the order opposite to their creation, so
+    it reaches the output of a part of the model before anything in it, and then stays in it to its end.
+
+    Args:
+        output: of a model or a part of it, whose tensors are found at any depth.
+        context: of the model.
+        microbatch: what the part ran on.
+    """
+    found = False
+    for tensor in _tensors_of(output):
+        found = True
+        if tensor.requires_grad:
+            tensor.register_hook(partial(_make_current, context, microbatch))
+    return found
+
+
+def _make_current(context: Context, microbatch: Microbatch | Concatenation, grad: Tensor) -> None:
     context.current = microbatch
 
 
-def _mark(output: Any, hook: Callable[[Tensor], None]) -> None:
-    """Run ``hook`` when backward reaches any tensor of an output, at any depth.
-
-    Checkpointed layers run their forward once more in backward, when a later microbatch may have replaced
-    the masks and groups that their routers read.
-    """
+def _tensors_of(output: Any) -> Iterator[Tensor]:
     if isinstance(output, Tensor):
-        if output.requires_grad:
-            output.register_hook(hook)
+        yield output
     elif isinstance(output, (tuple, list)):
         for value in output:
-            _mark(value, hook)
+            yield from _tensors_of(value)
     elif isinstance(output, dict):
         for value in output.values():
-            _mark(value, hook)
+            yield from _tensors_of(value)
     elif dataclasses.is_dataclass(output) and not isinstance(output, type):
         for field in dataclasses.fields(output):
-            _mark(getattr(output, field.name), hook)
+            yield from _tensors_of(getattr(output, field.name))

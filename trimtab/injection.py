@@ -40,28 +40,45 @@ def logit_gradient(
     Returns:
         (T, E) in the compute dtype.
     """
-    num_groups = target_GE.shape[0]
-    if num_groups == 1:
-        target_TE = target_GE
-    elif group_ids_T is None:
-        target_TE = target_GE.repeat_interleave(logits_TE.shape[0] // max(num_groups, 1), dim=0)
-    else:
-        target_TE = target_GE.index_select(0, group_ids_T)
-    # p (target - sum_j target_j p_j) is what softmax does in its own backward.
-    grad_TE = torch.ops.aten._softmax_backward_data(
-        target_TE.expand_as(probs_TE), probs_TE, -1, probs_TE.dtype
-    )
+    grad_TE = spread_targets(target_GE, logits_TE.shape[0], group_ids_T)
+    softmax_backward(grad_TE, probs_TE)
     derivative_TE = log_score_derivative(logits_TE, score)
     if derivative_TE is not None:
-        grad_TE = derivative_TE * grad_TE
+        grad_TE = grad_TE.mul_(derivative_TE)
     if z_weight is not None:
         softmax_TE = probs_TE if score == "softmax" else logits_TE.softmax(dim=-1)
-        # lse = z - log softmax(z) at any expert; at the largest nothing is lost.
-        lse_T1 = logits_TE.amax(dim=-1, keepdim=True) - softmax_TE.amax(dim=-1, keepdim=True).log()
-        grad_TE = torch.addcmul(grad_TE, softmax_TE, 2 * z_weight * lse_T1)
+        grad_TE = grad_TE.addcmul_(softmax_TE, z_weight * log_sum_exp(logits_TE, softmax_TE), value=2)
     if valid_mask_T is not None:
-        grad_TE = grad_TE.masked_fill(~valid_mask_T[:, None], 0)
+        grad_TE = grad_TE.masked_fill_(~valid_mask_T[:, None], 0)
     return grad_TE
+
+
+def spread_targets(target_GE: Tensor, num_tokens: int, group_ids_T: Tensor | None) -> Tensor:
+    """(T, E) targets of each token's group, as a tensor of its own.
+
+    Args:
+        target_GE: (G, E) targets.
+        num_tokens: T.
+        group_ids_T: (T,) group of each token; None for G contiguous groups of T / G tokens.
+    """
+    num_groups = target_GE.shape[0]
+    if num_groups == 1:
+        return target_GE.expand(num_tokens, -1).clone(memory_format=torch.contiguous_format)
+    if group_ids_T is None:
+        return target_GE.repeat_interleave(num_tokens // max(num_groups, 1), dim=0)
+    return target_GE.index_select(0, group_ids_T)
+
+
+def softmax_backward(incoming_TE: Tensor, probs_TE: Tensor) -> None:
+    """Replace gradients of p by p (incoming - sum_j incoming_j p_j), as softmax does in its own backward."""
+    torch.ops.aten._softmax_backward_data.out(
+        incoming_TE, probs_TE, -1, probs_TE.dtype, grad_input=incoming_TE
+    )
+
+
+def log_sum_exp(logits_TE: Tensor, softmax_TE: Tensor) -> Tensor:
+    """(T, 1) log-sum-exp of logits whose softmax is known: z - log softmax(z), at the largest, to lose nothing."""
+    return logits_TE.amax(dim=-1, keepdim=True) - softmax_TE.amax(dim=-1, keepdim=True).log()
 
 
 class Injection(torch.autograd.Function):

@@ -22,7 +22,7 @@ from trimtab.measure import MeasuredForward, StepNumbers, finish, measure_forwar
 from trimtab.objective import Objective
 from trimtab.ranks import TokenRanks
 from trimtab.reduction import CountReduction
-from trimtab.row import Row, batch_sizes
+from trimtab.row import ForwardsUnderWay, Row, batch_sizes
 from trimtab.scale import Accumulation, GradReduction
 from trimtab.scores import ScoreName
 
@@ -80,6 +80,7 @@ class Ledger:
         self.loss_scale: Tensor | None = None  # what the trainer multiplied the followed loss by
         self.counting = False  # inside a counting pass
         self.measuring = False
+        self.under_way: ForwardsUnderWay | None = None  # while several forwards run by turns
         self._read_counts: dict[tuple[int, int, CountsMode], tuple[Tensor, Tensor]] = {}
         self._register()
 
@@ -91,6 +92,11 @@ class Ledger:
     def _register(self) -> None:
         self.id = next(_next_id)
         _ledgers[self.id] = self
+
+    @property
+    def in_step(self) -> bool:
+        """Whether a forward of the step has run, or may be running."""
+        return self.under_way is not None or any(row.num_forwards or row.num_counting for row in self.rows)
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the identity, which a copy must not share."""
@@ -127,34 +133,43 @@ class Ledger:
         num_tokens_G: Tensor,
         sequence_of_group_G: Tensor | None,
         num_sequences: int,
+        executed_GE: Tensor | None = None,
     ) -> Tensor:
         """Counts of one microbatch, (A, G, E) int64, added to the row unless this is a recomputation.
 
+        ``executed_GE`` are counts of the executed assignments that the router has made already.
+
         Raises:
-            RuntimeError: the step has had all its microbatches.
+            RuntimeError: the step has had all its microbatches, or forwards run by turns and this is none of
+                them or runs the layer again.
         """
         row = self.rows[row_index]
-        counts_AGE = self._count(row, logits_TE, ids_TK, group_ids_T, valid_mask_T, len(num_tokens_G))
+        counts_AGE = self._count(
+            row, logits_TE, ids_TK, group_ids_T, valid_mask_T, len(num_tokens_G), executed_GE
+        )
         # Inside a backward pass this forward is a recomputation: its tokens are counted already.
         if torch._C._current_graph_task_id() != -1:
             return counts_AGE
-        self._check_room(row)
+        into = row if self.under_way is None else self.under_way.row(ticket, row_index)
+        self._check_room(row_index)
         if self.counting:
-            row.num_counting += 1
+            into.num_counting += 1
         else:
-            row.num_forwards += 1
+            into.num_forwards += 1
         counted_ahead = self.plan.order == "counting_pass" and not self.counting
         sizes = batch_sizes(num_tokens_G, sequence_of_group_G, num_sequences)
         if self.sums.is_needed:
-            self.sums.observe(ticket, row_index, counts_AGE, sizes, adds=not counted_ahead)
+            self.sums.observe(
+                ticket, row_index, counts_AGE, sizes, adds=not counted_ahead, under_way=into is not row
+            )
         if not counted_ahead:
             if not self.sums.sums_totals:
-                row.add(counts_AGE.sum(dim=1), sizes)
-            if row.statistic is not None:
+                into.add(counts_AGE.sum(dim=1), sizes)
+            if into.statistic is not None:
                 assert expert_bias_E is not None
-                row.statistic.add(logits_TE, row.score, row.top_k, expert_bias_E, valid_mask_T)
+                into.statistic.add(logits_TE, row.score, row.top_k, expert_bias_E, valid_mask_T)
         if self.measuring and not self.counting:
-            row.measured.append(
+            into.measured.append(
                 measure_forward(
                     ticket,
                     logits_TE,
@@ -171,11 +186,17 @@ class Ledger:
 
     def end_forward(self, ticket: int) -> None:
         """Start the sums over ranks of one forward's counts; all its layers have been observed."""
+        if self.under_way is not None:
+            self.under_way.end(ticket)
         self.sums.start(ticket, self.rows)
 
-    def _check_room(self, row: Row) -> None:
+    def _check_room(self, row_index: int) -> None:
         """Raise if the step has had all its microbatches: its counts and weights would be wrong."""
-        if (row.num_counting if self.counting else row.num_forwards) < self.num_microbatches:
+        row = self.rows[row_index]
+        so_far = row.num_counting if self.counting else row.num_forwards
+        if self.under_way is not None:
+            so_far += self.under_way.num_forwards(row_index) - 1  # this one has begun
+        if so_far < self.num_microbatches:
             return
         which = "counting" if self.counting else "training"
         raise RuntimeError(
@@ -194,11 +215,15 @@ class Ledger:
         group_ids_T: Tensor | None,
         valid_mask_T: Tensor | None,
         num_groups: int,
+        executed_GE: Tensor | None,
     ) -> Tensor:
-        counted: list[Tensor] = []
-        for count_map in row.maps:
+        counted = [] if executed_GE is None else [executed_GE]
+        for count_map in row.maps[len(counted) :]:
             counted.append(count_map(ids_TK, logits_TE, group_ids_T, valid_mask_T, num_groups))
-        return counted[0][None] if len(counted) == 1 else torch.stack(counted)
+        if len(counted) == 1 and executed_GE is None:
+            return counted[0][None]
+        # A copy: an operator must not return what it was given.
+        return torch.stack(counted)
 
     # ---------------------------------------------------------------- backward: read
 
@@ -221,6 +246,11 @@ class Ledger:
                 because no loss scale is known.
         """
         row = self.rows[row_index]
+        if self.under_way is not None and ticket in self.under_way:
+            raise RuntimeError(
+                f"{row.name}: backward runs before the forward of its microbatch has ended; leave the block of "
+                "balancer.interleaved(...) first, or say run.end() when a microbatch is through its last layer"
+            )
         self.sums.settle(self.rows)
         self._check_order(row)
         if half and self.loss_scale is None:
@@ -274,7 +304,7 @@ class Ledger:
             key = (ticket, row_index, mode)
             if key not in self._read_counts:
                 # A schedule may run one backward twice, for inputs and for weights: both read the same.
-                self._read_counts[key] = self._step_counts(row, mode, dtype)
+                self._read_counts[key] = row.step_counts(mode, self.num_microbatches, dtype)
             counts_AE, num_tokens = self._read_counts[key]
             row.note_used(row.load(counts_AE, num_tokens))
             return counts_AE, num_tokens
@@ -335,29 +365,16 @@ class Ledger:
                 "pass, or declare order='alternating'"
             )
 
-    def _step_counts(self, row: Row, mode: CountsMode, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        if row.counts_AE is None or row.num_tokens is None:
-            raise RuntimeError(
-                f"{row.name}: backward runs but no forward of this step was counted; call balancer.step() "
-                "after the optimiser step, not between forward and backward"
-            )
-        missing = self.num_microbatches - row.num_counted
-        prior_counts_AE, prior_num_tokens = row.prior_counts_AE, row.prior_num_tokens
-        counts_AE, num_tokens = row.counts_AE.to(dtype), row.num_tokens.to(dtype)
-        if prior_counts_AE is None or prior_num_tokens is None:
-            return counts_AE, num_tokens
-        prior_counts_AE, prior_num_tokens = prior_counts_AE.to(counts_AE), prior_num_tokens.to(num_tokens)
-        if mode == "previous":
-            return prior_counts_AE, prior_num_tokens
-        if mode == "prior" and missing > 0:
-            share = missing / row.prior_num_microbatches
-            return counts_AE + prior_counts_AE * share, num_tokens + prior_num_tokens * share
-        return counts_AE, num_tokens
-
     # ---------------------------------------------------------------- end of step
 
     def finish_step(self) -> list[StepNumbers]:
-        """Complete the step's counts over ranks; what was measured of each row."""
+        """Complete the step's counts over ranks; what was measured of each row.
+
+        Raises:
+            RuntimeError: forwards of the step are under way.
+        """
+        if self.under_way is not None:
+            raise RuntimeError("balancer.step() inside balancer.interleaved(...); leave the block first")
         self.sums.settle(self.rows)
         counted = [row for row in self.rows if row.counts_AE is not None]
         if counted and self.ranks.tokens is not None:
@@ -459,6 +476,8 @@ class Ledger:
         """Forget what the current step counted and declared."""
         for row in self.rows:
             row.clear()
+        if self.under_way is not None:
+            self.under_way.clear()
         self.sums.clear()
         self._read_counts = {}
         self.declare(DeclaredTotals())

@@ -3,6 +3,7 @@
 Shapes: E experts, L MoE layers.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -134,6 +135,39 @@ def summarize(layers: Sequence[LayerSnapshot], coefs: Mapping[str, float]) -> di
         "bias_min": [None if b is None else min(b) for b in biases] if has_bias else None,
         "bias_max": [None if b is None else max(b) for b in biases] if has_bias else None,
     }
+
+
+def check_totals(
+    layers: Sequence[LayerSnapshot], declared: Mapping[str, int | None], *, complete: bool
+) -> None:
+    """Warn the caller's caller of totals that losses were wrongly scaled by.
+
+    Args:
+        layers: snapshots.
+        declared: what `Balancer.start_step` was told of each total that an objective needs; None if nothing.
+        complete: every count of the step was known before its first backward.
+    """
+    for place, name in enumerate(("num_tokens", "num_sequences", "num_documents")):
+        if name not in declared:
+            continue
+        total = declared[name]
+        for layer in layers:
+            low, high = (int(sizes[place]) for sizes in layer.sizes_range)
+            counted = int(layer.sizes[place])
+            if total is not None and total != counted:
+                warnings.warn(
+                    f"start_step({name}={total}) was declared, but {layer.name} counted {counted}: the "
+                    "losses of this step were scaled by the ratio; declare what the step holds",
+                    stacklevel=3,
+                )
+                return
+            if total is None and low != high and not complete:
+                warnings.warn(
+                    f"microbatches of one step hold from {low} to {high} ({name}), and each was weighted as "
+                    f"1/M of the step; call balancer.start_step({name}=...) for exact weights",
+                    stacklevel=3,
+                )
+                return
 
 
 def _load(counts_E: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ Shapes: B sequences, S length, T = B S tokens, G groups (the finest any objectiv
 """
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,6 +46,16 @@ class Microbatch:
         self.valid_mask_T = valid_mask_T
         self.sequence_of_group_G = sequence_of_group_G
         self.ticket = _NO_TICKET  # () int64 on the CPU, names the forward
+        self.by_turns = False  # parts of its forward say themselves whose they are
+
+    @property
+    def parts(self) -> "tuple[Microbatch, ...]":
+        """Itself; a `Concatenation` has several."""
+        return (self,)
+
+    def split(self, values: Tensor) -> tuple[Tensor, ...]:
+        """(T, ...) values of each part."""
+        return (values,)
 
     def with_active(self, active: bool) -> "Microbatch":
         """The same tokens in a forward of their own, counting or not."""
@@ -100,6 +111,36 @@ class Microbatch:
         return moved
 
 
+class Concatenation:
+    """Several microbatches in one forward: the tokens of each follow those of the one before.
+
+    Args:
+        parts: the microbatches, in the order of their tokens.
+    """
+
+    def __init__(self, parts: Sequence[Microbatch]) -> None:
+        self.parts = tuple(parts)
+        self.active = self.parts[0].active
+        self.num_rows = sum(part.num_rows for part in self.parts)
+        self.by_turns = False
+        # Nothing but its length is read: a compiled layer takes integers that it finds on modules for constants.
+        self._rows = tuple(torch.empty(part.num_rows, 0) for part in self.parts)
+
+    def split(self, values: Tensor) -> tuple[Tensor, ...]:
+        """(T, ...) values of each part."""
+        return values.split([rows.shape[0] for rows in self._rows])
+
+    def with_active(self, active: bool) -> "Concatenation":
+        """The same tokens in a forward of their own, counting or not."""
+        return Concatenation([part.with_active(active) for part in self.parts])
+
+    def to(self, device: torch.device) -> "Concatenation":
+        """The same microbatches on a router's device."""
+        if all(part.num_tokens_G.device == device for part in self.parts):
+            return self
+        return Concatenation([part.to(device) for part in self.parts])
+
+
 class Context:
     """What the hooks of one model share.
 
@@ -109,9 +150,11 @@ class Context:
 
     def __init__(self, unit: Unit | None) -> None:
         self.unit = unit
-        self.current: Microbatch | None = None
-        self.running = False  # inside the model's forward
-        self.explicit: Microbatch | None = None  # given by the user for the forwards in a with block
+        self.current: Microbatch | Concatenation | None = None
+        self.running = False  # inside the model's forward, or a part of it that `in_run` says
+        self.in_run = False  # inside a part of one of several forwards that run by turns
+        self.interleaved = False  # several forwards run by turns, and this may be between two parts of them
+        self.explicit: Microbatch | Concatenation | None = None  # given for the forwards in a with block
         self.divided = False  # sequences are divided over ranks, which no call of the model shows
         self.counting = False  # inside a counting pass, where gradients are off but tokens count
         self.argument_names: tuple[str, ...] = ()
@@ -120,11 +163,42 @@ class Context:
         self.ledger: Any = None  # to be told when a forward ends; None if its counts stay on this rank
         self._clock = torch.zeros((), dtype=torch.int64, device="cpu")
 
-    def number(self, microbatch: Microbatch) -> None:
-        """Give a forward its ticket."""
-        # Arithmetic of tensors, because a compiled forward would take an integer for a constant.
-        self._clock = self._clock + 1
-        microbatch.ticket = self._clock
+    def number(self, microbatch: Microbatch | Concatenation) -> None:
+        """Give each microbatch of a forward its ticket."""
+        for part in microbatch.parts:
+            # Arithmetic of tensors, because a compiled forward would take an integer for a constant.
+            self._clock = self._clock + 1
+            part.ticket = self._clock
+
+
+class Description:
+    """Tokens that the user described: for the forwards in a ``with`` block, or one of several forwards at a time.
+
+    Args:
+        context: of the model.
+        microbatch: the tokens.
+    """
+
+    def __init__(self, context: Context, microbatch: Microbatch | Concatenation) -> None:
+        self.context = context
+        self.microbatch = microbatch
+
+    def __enter__(self) -> None:
+        """Describe the forwards that follow.
+
+        Raises:
+            RuntimeError: inside `Balancer.interleaved`.
+        """
+        if self.context.interleaved:
+            raise RuntimeError(
+                "balancer.microbatch(...) is entered inside balancer.interleaved(...), whose microbatches are "
+                "described already; give the description to interleaved([...]) instead of entering it"
+            )
+        self.context.explicit = self.microbatch
+
+    def __exit__(self, *error: object) -> None:
+        """Read descriptions off the calls again."""
+        self.context.explicit = None
 
 
 def describe(
@@ -148,7 +222,8 @@ def describe(
         valid_mask: (B, S) bool or integer, nonzero counts; None for all.
         cu_seqlens: (documents + 1,) offsets of documents in the flattened tokens, from 0; tokens after
             the last offset are one more document. Documents do not cross rows.
-        position_ids: (B, S) or (1, S) positions that restart at 0 with each document; read only without
+        position_ids: (B, S) or (1, S) positions that restart at 0 with each document, or several axes of them,
+            (4, B, S) with the place in the document first or (3, B, S) of rotary ones alone; read only without
             ``cu_seqlens``.
 
     Returns:
@@ -207,6 +282,9 @@ def _document_starts(
         starts_T[cu_seqlens.to(device, torch.int64)] = True
     else:
         assert position_ids is not None
+        if position_ids.dim() == 3:
+            # Of time, height and width only a document's first token has 0 in all: an image's tokens share one.
+            position_ids = position_ids[0] if len(position_ids) == 4 else position_ids.amax(dim=0)
         if position_ids.dim() != 2 or position_ids.shape[1] != length:
             raise ValueError(
                 f"position_ids have shape {tuple(position_ids.shape)}, expected {(num_sequences, length)} to "
@@ -217,6 +295,50 @@ def _document_starts(
     starts_T = starts_T[:-1].view(num_sequences, length)
     starts_T[:, :1] = True
     return starts_T.reshape(-1)
+
+
+def describe_given(
+    context: Context,
+    device: torch.device,
+    *,
+    batch_shape: tuple[int, int] | None,
+    valid_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    position_ids: Tensor | None,
+    tokens: Tensor | None,
+) -> Description:
+    """Describe what the user says of a forward; see `trimtab.balancer.Balancer.microbatch`.
+
+    Args:
+        context: of the model.
+        device: where the routers run, for a description without tensors.
+        batch_shape: (B, S).
+        valid_mask: (B, S).
+        cu_seqlens: document offsets.
+        position_ids: (B, S).
+        tokens: (t,) of this rank.
+    """
+    if tokens is None and context.divided:
+        raise ValueError(
+            "sequences are divided over ranks.sequence; say which tokens of the whole (B, S) batch this rank "
+            "has: balancer.microbatch(tokens=...), with everything else describing the whole batch"
+        )
+    known = valid_mask if valid_mask is not None else position_ids
+    if batch_shape is None:
+        if known is None:
+            raise ValueError("say batch_shape=(B, S), or give valid_mask or position_ids of that shape")
+        batch_shape = (known.shape[-2], known.shape[-1])  # positions may have axes of their own in front
+    device = next((t.device for t in (valid_mask, position_ids, cu_seqlens) if t is not None), device)
+    described = describe(
+        context.unit,
+        active=True,
+        batch_shape=batch_shape,
+        device=device,
+        valid_mask=valid_mask,
+        cu_seqlens=cu_seqlens,
+        position_ids=position_ids,
+    )
+    return Description(context, described if tokens is None else described.take(tokens.to(device)))
 
 
 def read_call(context: Context, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Microbatch:

@@ -37,6 +37,7 @@ def observe(
     sequence_of_group_G: Tensor | None,
     num_sequences: int,
     num_maps: int,
+    executed_GE: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Count one microbatch of one layer; (A, G, E) int64 and a () float32 zero. See `Ledger.observe`."""
     ledger, row = ledger_of(handle)
@@ -51,6 +52,7 @@ def observe(
         num_tokens_G,
         sequence_of_group_G,
         num_sequences,
+        executed_GE,
     )
     return counts_AGE, torch.zeros((), dtype=torch.float32, device=counts_AGE.device)
 
@@ -68,6 +70,7 @@ def _(
     sequence_of_group_G: Tensor | None,
     num_sequences: int,
     num_maps: int,
+    executed_GE: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     counts_AGE = ids_TK.new_empty(num_maps, num_tokens_G.shape[0], logits_TE.shape[1])
     return counts_AGE, ids_TK.new_empty((), dtype=torch.float32)

@@ -45,12 +45,14 @@ class Forward:
 
     Args:
         adds: they are added to the step's; not so if a counting pass has counted these tokens already.
+        under_way: layers may still follow, so that nobody but its end starts its sums.
         counts: (A, G, E) of this rank's tokens by row; after reduction, of whole sequences.
         sizes: (3,) tokens, sequences and documents of this rank's sequences by row.
         totals: (A, E) counts and (3,) sizes over all ranks by row, after reduction.
     """
 
     adds: bool
+    under_way: bool = False
     counts: dict[int, Tensor] = field(default_factory=dict)
     sizes: dict[int, Tensor] = field(default_factory=dict)
     totals: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -91,9 +93,18 @@ class CountReduction:
         """Whether backward reads counts of other ranks."""
         return self.sums_groups or self.sums_totals
 
-    def observe(self, ticket: int, row: int, counts_AGE: Tensor, sizes: Tensor, *, adds: bool) -> None:
+    def observe(
+        self,
+        ticket: int,
+        row: int,
+        counts_AGE: Tensor,
+        sizes: Tensor,
+        *,
+        adds: bool,
+        under_way: bool = False,
+    ) -> None:
         """Lay down the counts of one layer in one forward."""
-        forward = self._forwards.setdefault(ticket, Forward(adds))
+        forward = self._forwards.setdefault(ticket, Forward(adds, under_way))
         forward.counts[row], forward.sizes[row] = counts_AGE, sizes
 
     def start(self, ticket: int, rows: Sequence[Row] = ()) -> None:
@@ -107,7 +118,7 @@ class CountReduction:
         forward = self._forwards.get(ticket)
         if forward is None or forward.started:
             return
-        forward.started = True
+        forward.started, forward.under_way = True, False
         some = next(iter(forward.counts))
         counts_AGE, sizes = forward.counts[some], forward.sizes[some]
         for place, row in enumerate(rows):
@@ -135,7 +146,7 @@ class CountReduction:
     def settle(self, rows: Sequence[Row]) -> None:
         """Wait for every sum and add the forwards' totals to the step's, in order of the forwards."""
         for ticket, forward in self._forwards.items():
-            if forward.settled:
+            if forward.settled or forward.under_way:
                 continue
             # Where nobody saw the forward end, as in one compiled graph, the sum starts only now.
             self.start(ticket)

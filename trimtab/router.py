@@ -7,25 +7,30 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trimtab.scores import ScoreName, check_score, log_scores, scores
+from trimtab.balanced_routing import route_balanced
+from trimtab.hooks import ROUTER_STATE, RouterState, after_router
+from trimtab.routing import GroupScore, Routing, choose, weigh
+from trimtab.scores import ScoreName, check_score
 
 
 class Router(nn.Module):
     """Choose `top-k(s(x @ weight.T) + expert_bias)` and weight the chosen experts by their scores s.
 
-    The returned logits are those of the scores, before the expert bias. The router holds no balancing logic:
-    losses attach to `topk_weights_TK` with a forward hook, so call the module, never its `forward`.
+    The returned logits are those of the scores, before the expert bias. Losses attach to `topk_weights_TK`: with a
+    balancer attached, the forward runs as one node that counts and whose backward holds every objective
+    (`trimtab.fused`).
 
     Attributes:
         num_experts: E.
         top_k: K.
         score: name of the score function.
+        routing: how experts are chosen and weighted.
         weight: (E, D) parameter.
         bias: (E,) parameter added to the logits, or None.
         expert_bias_E: (E,) float32 buffer added for selection only, or None. It stays float32 whatever dtype
@@ -76,7 +81,7 @@ class Router(nn.Module):
         score_after_top_k: bool = False
         num_groups: int = 1
         top_k_groups: int = 1
-        group_score: Literal["max", "top2_sum"] = "max"
+        group_score: GroupScore = "max"
         expert_bias: bool = False
         linear_bias: bool = False
         dtype: torch.dtype | None = torch.float32
@@ -131,6 +136,16 @@ class Router(nn.Module):
         self.num_experts = config.num_experts
         self.top_k = config.top_k
         self.score: ScoreName = config.score
+        self.routing = Routing(
+            top_k=config.top_k,
+            score=config.score,
+            normalize_top_k=config.normalize_top_k,
+            scale=config.scale,
+            score_after_top_k=config.score_after_top_k,
+            num_expert_groups=config.num_groups,
+            top_k_groups=config.top_k_groups,
+            group_score=config.group_score,
+        )
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.dim, device=device, dtype=dtype))
         bias = torch.empty(config.num_experts, device=device, dtype=dtype)
         self.register_parameter("bias", nn.Parameter(bias) if config.linear_bias else None)
@@ -145,7 +160,7 @@ class Router(nn.Module):
 
     @property
     def _limits_groups(self) -> bool:
-        return self.config.top_k_groups < self.config.num_groups
+        return self.routing.limits_groups
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -178,12 +193,26 @@ class Router(nn.Module):
                 "set router.dim to the model's width"
             )
         logits_TE = self._logits(x.reshape(-1, self.config.dim))
-        if replay_ids_TK is None:
-            topk_ids_TK = self._select(logits_TE.detach())
-        else:
+        if replay_ids_TK is not None:
             self._check_replay(replay_ids_TK, logits_TE.shape[0])
-            topk_ids_TK = replay_ids_TK.to(torch.int64)
-        return logits_TE, self._weights(logits_TE, topk_ids_TK), topk_ids_TK
+            replay_ids_TK = replay_ids_TK.to(torch.int64)
+        elif self.config.forced_balance:
+            replay_ids_TK = self._dealt(logits_TE)
+        state: RouterState | None = getattr(self, ROUTER_STATE, None)
+        balanced = state is not None and state.fused
+        if state is not None and balanced:
+            routed = route_balanced(
+                state, self, x, logits_TE, self.routing, self.expert_bias_E, replay_ids_TK
+            )
+            if routed is not None:
+                return logits_TE, *routed
+        topk_ids_TK = replay_ids_TK
+        if topk_ids_TK is None:
+            topk_ids_TK = choose(logits_TE.detach(), self.routing, self.expert_bias_E)
+        output = logits_TE, weigh(logits_TE, topk_ids_TK, self.routing), topk_ids_TK
+        if balanced:
+            output = after_router(self, (x,), {}, output) or output
+        return output
 
     def _logits(self, x_TD: Tensor) -> Tensor:
         if self.config.dtype is not None:
@@ -196,37 +225,10 @@ class Router(nn.Module):
             logits_TE = F.linear(x_TD, self.weight.to(x_TD.dtype), bias_E)
         return logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
 
-    def _select(self, logits_TE: Tensor) -> Tensor:
-        if self.config.forced_balance:
-            num_tokens = logits_TE.shape[0]
-            pairs_N = torch.arange(num_tokens * self.top_k, device=logits_TE.device)
-            return (pairs_N % self.num_experts).view(num_tokens, self.top_k)
-        if self.selection_is_plain or self.config.score_after_top_k:
-            # Scores rise with logits, so the order is the same, and logits do not saturate.
-            ranks_TE = logits_TE
-        else:
-            ranks_TE = scores(logits_TE, self.score)
-        if self.expert_bias_E is not None:
-            ranks_TE = ranks_TE + self.expert_bias_E
-        if self._limits_groups:
-            ranks_TE = self._mask_groups(ranks_TE)
-        return ranks_TE.topk(self.top_k, dim=-1).indices
-
-    def _mask_groups(self, ranks_TE: Tensor) -> Tensor:
-        ranks_TGE = ranks_TE.unflatten(-1, (self.config.num_groups, -1))
-        best_per_group = 2 if self.config.group_score == "top2_sum" else 1
-        ranks_TG = ranks_TGE.topk(best_per_group, dim=-1).values.sum(dim=-1)
-        kept_ids = ranks_TG.topk(self.config.top_k_groups, dim=-1).indices
-        dropped_TG = torch.ones_like(ranks_TG, dtype=torch.bool).scatter(-1, kept_ids, False)
-        return ranks_TGE.masked_fill(dropped_TG.unsqueeze(-1), -torch.inf).flatten(-2)
-
-    def _weights(self, logits_TE: Tensor, topk_ids_TK: Tensor) -> Tensor:
-        if self.config.normalize_top_k or self.config.score_after_top_k:
-            # s_i / sum_j s_j as a softmax of log s: no epsilon that would shrink small scores, no 0 / 0.
-            weights_TK = log_scores(logits_TE.gather(1, topk_ids_TK), self.score).softmax(dim=-1)
-        else:
-            weights_TK = scores(logits_TE, self.score).gather(1, topk_ids_TK)
-        return weights_TK if self.config.scale == 1.0 else weights_TK * self.config.scale
+    def _dealt(self, logits_TE: Tensor) -> Tensor:
+        num_tokens = logits_TE.shape[0]
+        pairs_N = torch.arange(num_tokens * self.top_k, device=logits_TE.device)
+        return (pairs_N % self.num_experts).view(num_tokens, self.top_k)
 
     def _check_replay(self, replay_ids_TK: Tensor, num_tokens: int) -> None:
         expected = (num_tokens, self.top_k)

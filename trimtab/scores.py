@@ -103,8 +103,11 @@ def probs(logits_TE: Tensor, name: ScoreName) -> Tensor:
     # and keeps its sum away from zero, at half the time of softmax(logsigmoid(z)).
     logits_TE = logits_TE.to(compute_dtype(logits_TE.dtype))
     shift_T1 = (-36.0 - logits_TE.detach().amax(dim=-1, keepdim=True)).clamp(min=0)
-    scores_TE = (logits_TE + shift_T1).sigmoid()
-    return scores_TE / scores_TE.sum(dim=-1, keepdim=True)
+    if logits_TE.requires_grad and torch.is_grad_enabled():
+        scores_TE = (logits_TE + shift_T1).sigmoid()
+        return scores_TE / scores_TE.sum(dim=-1, keepdim=True)
+    scores_TE = (logits_TE + shift_T1).sigmoid_()
+    return scores_TE.div_(scores_TE.sum(dim=-1, keepdim=True))
 
 
 def log_score_derivative(logits_TE: Tensor, name: ScoreName) -> Tensor | None:

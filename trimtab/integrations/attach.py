@@ -21,6 +21,7 @@ from trimtab.integrations.discovery import (
 from trimtab.integrations.families import Family
 from trimtab.objective import Objective
 from trimtab.ranks import TokenRanks
+from trimtab.router import Router
 from trimtab.scale import Accumulation, GradReduction
 
 Keep = Literal["input", "logits"]
@@ -36,6 +37,7 @@ def attach(
     ranks: TokenRanks | None = None,
     families: Mapping[str, Family | None] | None = None,
     keep: Keep = "input",
+    fused: bool = True,
     measure_every: int = 10,
 ) -> Balancer:
     """Attach balancing to every router of a model; forward results do not change.
@@ -61,6 +63,9 @@ def attach(
             per layer, and saves one matrix product of the gate, about a third of the gate's own cost
             (`benchmarks/RESULTS.md`). Gates that are not plain linear layers, and
             gates that are frozen or run under autocast and so do not keep their input, keep their logits.
+        fused: let `trimtab.Router` run choice, weights, counts and, in backward, the gradients of its weights
+            and of all objectives as one node (`trimtab.fused`). Other routers get a hook, and so does it with
+            False, to the same gradients.
         measure_every: steps between measurements of loss values, router entropy and logits; 0 for never.
 
     Returns:
@@ -96,7 +101,7 @@ def attach(
     try:
         for router in routers:
             _check_logits(router, built)
-            balancer.add_router(router, _hook_arguments(router, keep), router.family.expert_bias)
+            balancer.add_router(router, _hook_arguments(router, keep, fused), router.family.expert_bias)
         if rule is not None and all(layer.bias is None for layer in balancer.layers):
             raise ValueError(
                 f"no router matches layers={rule.config.layers}; the first is {routers[0].name!r}"
@@ -181,7 +186,7 @@ def _check_logits(router: FoundRouter, objectives: Sequence[Objective]) -> None:
         )
 
 
-def _hook_arguments(router: FoundRouter, keep: Keep) -> dict[str, object]:
+def _hook_arguments(router: FoundRouter, keep: Keep, fused: bool) -> dict[str, object]:
     family = router.family
     direct = "." not in family.weight and (family.bias is None or "." not in family.bias)
     recompute = keep == "input" and router.linear_logits and direct
@@ -191,4 +196,6 @@ def _hook_arguments(router: FoundRouter, keep: Keep) -> dict[str, object]:
         "gate_weight": family.weight if recompute else None,
         "gate_bias": family.bias if recompute and router.bias is not None else None,
         "keeps_input": router.keeps_input,
+        # A subclass with a forward of its own knows nothing of balancing.
+        "fused": fused and type(router.module).forward is Router.forward,
     }
