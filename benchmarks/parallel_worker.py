@@ -207,7 +207,13 @@ def _batches(sizes: Sizes, engine: Engine) -> list[TokenBatch]:
     for start in range(first, first + M * B, B):
         ids_BS = ids[start : start + B]
         nothing = np.zeros_like(ids_BS)
-        batches.append(Rows(ids_BS=ids_BS, starts_BS=nothing.astype(bool), domain_ids_BS=nothing).to_batch(0))
+        rows = Rows(
+            ids_BS=ids_BS,
+            starts_BS=nothing.astype(bool),
+            domain_ids_BS=nothing,
+            predicted_BS=np.ones_like(ids_BS, dtype=bool),
+        )
+        batches.append(rows.to_batch(0))
     return batches
 
 

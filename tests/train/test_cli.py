@@ -56,7 +56,7 @@ def test_help_of_train_shows_options_defaults_and_no_balancing(capsys):
 
 
 def test_help_of_the_others(capsys):
-    for command in ("report", "configs"):
+    for command in ("report", "configs", "export"):
         status, out, _ = output(capsys, command, "--help")
         assert (status, f"trimtab {command}" in out) == (0, True)
 
@@ -78,7 +78,10 @@ def test_configs_lists_functions_with_their_summaries(capsys):
         (["train", "--model.balancing.coef", "3"], "in Python and has no flag"),
         (["train", "--mdoule", "x"], "did you mean --module?"),
         (["train", "3"], "unexpected argument '3'"),
-        (["train", "--module", "deepseek"], "unknown module 'deepseek': did you mean deepseek_v3?"),
+        (
+            ["train", "--module", "deepseek"],
+            "unknown module 'deepseek': did you mean deepseek_v3 or deepseek_v2?",
+        ),
         (["train", "--config", "tiny"], "unknown config 'tiny': did you mean deepseek_v3_tiny"),
         (["train", "--model.top-k", "40"], "top_k=40 must be in [1, num_experts=16]; lower model.top_k"),
         (["train", "--training.steps", "many"], "Error parsing --training.steps"),

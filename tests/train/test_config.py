@@ -8,6 +8,7 @@ from tests.train.tiny import tiny
 from trimtab import BatchWise, CommunicationLevel, GlobalBatch, Quantile, SequenceWise, Sign
 from trimtab.integrations.parallel import decoder_layers
 from trimtab.models.deepseek_v3 import deepseek_v3_debugmodel, deepseek_v3_tiny
+from trimtab.models.pretrained import PretrainedModelConfig
 from trimtab.train.compute import ActivationCheckpointConfig, CompileConfig, check_precision
 from trimtab.train.config import TrainConfig, TrainingConfig, differences, flatten, to_dict
 from trimtab.train.evaluation import ValidationConfig
@@ -22,6 +23,7 @@ from trimtab.train.logging import (
     step_line,
 )
 from trimtab.train.model import Balancing
+from trimtab.train.mtp import mtp_of
 from trimtab.train.optim import LRSchedulerConfig, OptimizerConfig
 from trimtab.train.registry import config_functions, load_config, load_module, module_names
 
@@ -34,10 +36,14 @@ def test_every_registered_config_is_valid_and_builds_its_model_on_meta():
         for name in functions:
             config = load_config(module, name)
             assert isinstance(config, TrainConfig)
+            if isinstance(config.model, PretrainedModelConfig):
+                continue  # a model only once its directory is given
             with torch.device("meta"):
                 model = config.model.build(vocab_size=259, seq_len=config.data.seq_len)
             assert model.training
-            assert len(decoder_layers(model)) == config.model.num_layers
+            mtp = mtp_of(config.model)
+            depths = 0 if mtp is None else mtp.num_layers
+            assert len(decoder_layers(model)) == config.model.num_layers + depths
 
 
 def test_the_debug_model_is_balanced_as_the_report_says():
@@ -67,7 +73,7 @@ def test_a_family_elsewhere_is_found_by_its_dotted_path(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("module", "config", "said"),
     [
-        ("deepsek_v3", "x", "unknown module 'deepsek_v3': did you mean deepseek_v3?"),
+        ("deepsek_v3", "x", "unknown module 'deepsek_v3': did you mean deepseek_v3 or deepseek_v2?"),
         ("deepseek_v3", "debugmodel", "unknown config 'debugmodel': did you mean deepseek_v3_debugmodel"),
         ("no.such.place", "x", "unknown module 'no.such.place'"),
     ],

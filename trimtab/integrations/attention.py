@@ -32,6 +32,7 @@ from trimtab.integrations.attention_masks import (
     position_arguments,
     register_masks,
 )
+from trimtab.integrations.mtp import mtp_layers
 from trimtab.parallel.mesh import Mesh
 from trimtab.parallel.placements import CROSSINGS, local
 from trimtab.parallel.tokens import TokenShard
@@ -92,7 +93,8 @@ def parallelize_attention(model: nn.Module, mesh: Mesh) -> list[list[nn.Module]]
             f"attention implementation {implementation!r} must be {' or '.join(map(repr, IMPLEMENTATIONS))} "
             "on ranks that share sequences; give attn_implementation='sdpa' when the model is made"
         )
-    blocks = heads_of(decoder, cp=degrees.cp, tp=degrees.tp)
+    further = [layer.mtp_block for layer in mtp_layers(model)]
+    blocks = heads_of(decoder, cp=degrees.cp, tp=degrees.tp, further=further)
     attend = [_attend_of(block.module, implementation) for block in blocks]
     _register(implementation)
     decoder.config._attn_implementation = IMPLEMENTATIONS[implementation]
@@ -127,15 +129,15 @@ def _divide(block: Heads, mesh: Mesh) -> list[nn.Module]:
     attention, tp = block.module, mesh.degrees.tp
     for linear in block.column:
         linear.__class__ = ColumnLinear
-        _shard(linear, "weight", 0, mesh)
-        _shard(linear, "bias", 0, mesh)
+        shard_linear(linear, "weight", 0, mesh)
+        shard_linear(linear, "bias", 0, mesh)
     row = block.row
     row.__class__ = RowLinear
-    _shard(row, "weight", 1, mesh)
+    shard_linear(row, "weight", 1, mesh)
     if row.bias is not None:
         part = row.out_features // tp
         row.bias_place = (part * mesh.rank("tp"), row.out_features - part * (mesh.rank("tp") + 1))
-        _shard(row, "bias", 0, mesh)
+        shard_linear(row, "bias", 0, mesh)
     for name in block.counts:
         setattr(attention, name, getattr(attention, name) // tp)
     attention.register_forward_pre_hook(_gather_input, with_kwargs=True)
@@ -143,7 +145,8 @@ def _divide(block: Heads, mesh: Mesh) -> list[nn.Module]:
     return [*block.column, row]
 
 
-def _shard(linear: nn.Linear, name: str, dim: int, mesh: Mesh) -> None:
+def shard_linear(linear: nn.Linear, name: str, dim: int, mesh: Mesh) -> None:
+    """Keep this rank's part of a parameter of a linear, along one dimension, over tp."""
     whole = getattr(linear, name)
     if whole is None:
         return

@@ -7,6 +7,7 @@ gives results that are silently wrong.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,8 +113,14 @@ def decoder_of(model: nn.Module) -> Any:
     return found[0]
 
 
-def heads_of(decoder: Any, *, cp: int, tp: int) -> list[Heads]:
+def heads_of(decoder: Any, *, cp: int, tp: int, further: Sequence[nn.Module] = ()) -> list[Heads]:
     """The attention modules of a decoder, checked for these degrees; layers without parameters are skipped.
+
+    Args:
+        decoder: the decoder.
+        cp: ranks that divide queries.
+        tp: ranks that divide heads.
+        further: layers outside the decoder that run with its arguments: those of multi-token prediction.
 
     Raises:
         ValueError: a layer that cannot be divided.
@@ -127,7 +134,7 @@ def heads_of(decoder: Any, *, cp: int, tp: int) -> list[Heads]:
                 "attention; set tensor_parallel_degree=1 and context_parallel_degree=1"
             )
     blocks = []
-    for index, layer in enumerate(decoder.layers):
+    for index, layer in enumerate([*decoder.layers, *further]):
         if next(layer.parameters(), None) is None:
             continue
         attention = [child for child in layer.children() if isinstance(getattr(child, ROW, None), nn.Module)]

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from trimtab.integrations.experts import layout_of
 
+# On a module: (module) -> None, sets the initial values of its own parameters, which transformers does not know.
+INITIALISE = "_trimtab_initialise"
 # Shape of a parameter as the stock model has it, by name within its module.
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -49,17 +51,22 @@ def make_buffers(model: Any) -> None:
 
 def to_device(module: nn.Module, device: torch.device) -> None:
     """Move what has memory to a device, in place; what is on the meta device stays."""
-    module._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
+    _apply(module, lambda tensor: tensor if tensor.is_meta else tensor.to(device))
 
 
 def allocate(module: nn.Module, device: torch.device) -> None:
     """Give what is on the meta device memory on another, in place, with values that are not set."""
+    _apply(module, lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
+
+
+def _apply(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+    """Change tensors in place; parameters that are one stay one, also where they move between kinds of devices."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for owner in module.modules():
         for name, parameter in owner._parameters.items():
             if parameter is not None:
                 places.setdefault(id(parameter), []).append((owner, name))
-    module._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
+    module._apply(change)
     for (first, first_name), *others in places.values():
         for owner, name in others:
             owner._parameters[name] = first._parameters[first_name]
@@ -121,7 +128,7 @@ def _draw(
         torch.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1)
         values = {leaf: nn.Parameter(_unset(shape, torch.float32)) for leaf, shape in shapes.items()}
         hollow = _copy(module, parameters={**module._parameters, **values})
-        model._init_weights(hollow)
+        getattr(module, INITIALISE, model._init_weights)(hollow)
         if parent is not None and any(_is_unset(value) for value in values.values()):
             # Some blocks initialise their router.
             children = {k: hollow if child is module else child for k, child in parent._modules.items()}

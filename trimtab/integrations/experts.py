@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from trimtab.dispatch import Dispatcher, LocalDispatcher
 from trimtab.experts import grouped_linear, read_whole
+from trimtab.integrations.expert_adapters import expert_adapter
 from trimtab.moe import MoE
 from trimtab.parallel.dispatch import ExpertParallelDispatcher
 from trimtab.parallel.experts import ExpertLayout, parallelize_moe, shard_experts
@@ -142,4 +143,6 @@ def experts_forward(module: Any, x_TD: Tensor, topk_ids_TK: Tensor, topk_weights
 def _linear(module: Any, name: str, x_ND: Tensor, counts_e: Tensor) -> Tensor:
     read = reader_of(module)
     bias_eF = read(module, f"{name}_bias") if module.has_bias else None
-    return grouped_linear(x_ND, read(module, name), bias_eF, counts_e, transposed=module.is_transposed)
+    y_NF = grouped_linear(x_ND, read(module, name), bias_eF, counts_e, transposed=module.is_transposed)
+    added_NF = expert_adapter(module, name, x_ND, counts_e)
+    return y_NF if added_NF is None else y_NF + added_NF

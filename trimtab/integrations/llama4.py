@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts, Llama4TextMoe
 
 from trimtab.experts import grouped_linear
+from trimtab.integrations.expert_adapters import expert_adapter
 from trimtab.integrations.experts import dispatcher_of, reader_of
 
 
@@ -21,7 +22,9 @@ class SparseLlama4TextExperts(Llama4TextExperts):
         x_ND, counts_e, plan = dispatcher.dispatch(x_TD, ids_TK, weights_TK, score_before_experts=True)
 
         def linear(name: str, rows: Tensor) -> Tensor:
-            return grouped_linear(rows, read(self, name), None, counts_e, transposed=True)
+            out = grouped_linear(rows, read(self, name), None, counts_e, transposed=True)
+            added = expert_adapter(self, name, rows, counts_e)
+            return out if added is None else out + added
 
         gate_NF, up_NF = linear("gate_up_proj", x_ND).chunk(2, dim=-1)
         return dispatcher.combine(linear("down_proj", up_NF * self.act_fn(gate_NF)), plan)

@@ -10,6 +10,7 @@ from torch import nn
 
 from trimtab.integrations.attention import parallelize_attention
 from trimtab.integrations.experts import parallelize_experts
+from trimtab.integrations.mtp import mtp_layers
 from trimtab.parallel.mesh import Mesh
 
 
@@ -47,6 +48,8 @@ def parallelize(model: nn.Module, mesh: Mesh) -> Divided:
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The repeated layers of a model that have parameters: the first list of modules that are decoder layers.
 
+    Those of multi-token prediction, which are made of one each, come after them.
+
     Raises:
         ValueError: the model has none.
     """
@@ -56,5 +59,5 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
         # A pipeline stage has stand-ins without parameters where other stages have layers.
         layers = [layer for layer in module if next(layer.parameters(), None) is not None]
         if layers and all("Layer" in type(layer).__name__ for layer in layers):
-            return layers
+            return [*layers, *mtp_layers(model)]
     raise ValueError(f"{type(model).__name__} has no list of decoder layers; set compile.enable to false")

@@ -8,6 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from trimtab.integrations.vision import tower_of
+
+# Name of the modules of multi-token prediction in a model, as in released checkpoints of families that name them.
+MTP = "mtp"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Anatomy:
@@ -19,6 +24,10 @@ class Anatomy:
         embedding: token embedding.
         head: what makes logits of hidden states.
         final: what the owner calls after the last layer: the final norm.
+        mtp: modules of multi-token prediction, if the model has any: they follow the head.
+        tied: embedding and head are one parameter.
+        first: what the first stage alone runs before its layers, beside the embedding: a vision tower.
+        num_first: layers that the first stage must have, because what comes of images is added after them.
     """
 
     layers: nn.ModuleList
@@ -26,6 +35,15 @@ class Anatomy:
     embedding: str
     head: str
     final: tuple[str, ...] = ()
+    mtp: str | None = None
+    tied: bool = False
+    first: tuple[str, ...] = ()
+    num_first: int = 0
+
+    @property
+    def last_embeds(self) -> bool:
+        """Whether the last stage needs the embedding as well as the first."""
+        return self.tied or self.mtp is not None
 
 
 class PassThrough(nn.Module):
@@ -85,12 +103,15 @@ def locate(model: nn.Module) -> Anatomy:
     config: Any = getattr(model, "config", None)
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     num_layers = getattr(text_config, "num_hidden_layers", None)
+    tower = tower_of(model)
     lists = [
         (name, module)
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
+        and not (tower is not None and name.startswith(f"{tower}."))
         and len(module) == num_layers
         and all("Layer" in type(layer).__name__ or "Block" in type(layer).__name__ for layer in module)
+        and name.partition(".")[0] != MTP
     ]
     names = {id(module): name for name, module in model.named_modules()}
     embedding, head = (
@@ -101,20 +122,15 @@ def locate(model: nn.Module) -> Anatomy:
             "an embedding and a head" if len(lists) == 1 else f"one list of its {num_layers} decoder layers"
         )
         raise ValueError(refusal(model, f"it does not say where it has {missing}"))
-    if embedding.weight is head.weight:
-        raise ValueError(
-            refusal(
-                model,
-                "its embedding and head are one parameter (tie_word_embeddings=True), which the first and the "
-                "last stage would train apart; untie them in the configuration",
-            )
-        )
     ((layers_name, layers),) = lists
     return Anatomy(
         layers=layers,
         owner=layers_name.rpartition(".")[0],
         embedding=names[id(embedding)],
         head=names[id(head)],
+        mtp=MTP if hasattr(model, MTP) else None,
+        tied=embedding.weight is head.weight,
+        first=() if tower is None else (tower,),
     )
 
 

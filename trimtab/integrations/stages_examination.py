@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.integrations.stages_anatomy import Anatomy, PassThrough, locate, refusal, replace
+from trimtab.integrations.vision import FixedTower, sample_images
 
 
 @dataclass
@@ -61,7 +62,36 @@ def examine(model: nn.Module) -> Anatomy:
             raise ValueError(
                 refusal(model, f"its layers read {differing[0]!r}, which only the first stage would have")
             )
+    if anatomy.first:
+        anatomy = changed(anatomy, num_first=_layers_that_images_reach(model, anatomy, hidden))
     return anatomy
+
+
+def _layers_that_images_reach(model: nn.Module, anatomy: Anatomy, hidden: Tensor) -> int:
+    """How many layers must be where images are: after them, only hidden states tell of images.
+
+    Raises:
+        ValueError: a later layer is given something else that depends on them.
+    """
+    sample = sample_images(model, (hidden.shape[0], hidden.shape[1]))
+    images = {name: value.to(hidden.device) for name, value in sample.items()}
+    inner_tokens = {"inputs_embeds": hidden, "position_ids": images["position_ids"]}
+    inner, out = _run_emptied(model, anatomy, inner_tokens)
+    _check_identity(model, inner, hidden, out, len(anatomy.layers))
+    first, out = _run_emptied(model, anatomy, images, embedded=hidden)
+    if [index for index, _, _ in first.calls] != list(range(len(anatomy.layers))):
+        raise ValueError(refusal(model, "given images, its layers do not run once each, in order"))
+    passed = [*(given for _, given, _ in first.calls), out]
+    changed_after = [i for i in range(len(anatomy.layers)) if not torch.equal(passed[i], passed[i + 1])]
+    num_first = 1 + max(changed_after, default=-1)
+    for (index, _, without), (_, _, with_images) in zip(inner.calls, first.calls, strict=True):
+        for name in without.keys() | with_images.keys():
+            if index >= num_first and not _equal(without.get(name), with_images.get(name)):
+                reason = (
+                    f"layer {index} reads {name!r}, which depends on images, and they are on the first stage"
+                )
+                raise ValueError(refusal(model, reason))
+    return num_first
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -72,7 +102,9 @@ def _device(model: nn.Module) -> torch.device:
 
 def _check_nothing_else_learns(model: nn.Module, anatomy: Anatomy) -> None:
     """Raise if a parameter would be on more stages than one."""
-    places = (anatomy.embedding, anatomy.head, *anatomy.final)
+    places = (anatomy.embedding, anatomy.head, *anatomy.first, *anatomy.final)
+    if anatomy.mtp is not None:
+        places = (*places, anatomy.mtp)
     divided = {
         p for module in (anatomy.layers, *map(model.get_submodule, places)) for p in module.parameters()
     }
@@ -110,7 +142,11 @@ def _emptied(model: nn.Module, anatomy: Anatomy, record: _Record, embedded: Tens
     try:
         for index, layer in enumerate(layers):
             anatomy.layers[index] = _RecordedLayer(layer, index, record)
+        weight: Any = model.get_submodule(anatomy.embedding).weight
         old[anatomy.embedding] = replace(model, anatomy.embedding, _FixedEmbedding(embedded))
+        for name in anatomy.first:
+            tower = FixedTower(model.get_submodule(name), weight.shape[1], weight.dtype)
+            old[name] = replace(model, name, tower)
         for name in (anatomy.head, *anatomy.final):
             old[name] = replace(model, name)
         for name, child in owner.named_children():
@@ -202,6 +238,17 @@ def _same(value: Any, hidden: Tensor) -> bool:
         and value.shape == hidden.shape
         and torch.equal(value, hidden)
     )
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two arguments are the same values."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return _same(one, other)
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return type(one) is type(other) and bool(one == other)
 
 
 def _is_stateless(value: Any) -> bool:

@@ -1,16 +1,17 @@
 """DeepSeek-V3: latent attention, sigmoid router with expert bias and groups, shared expert.
 
-The model is transformers' own definition. Balancing follows the report (DeepSeek-AI 2024, arXiv:2412.19437,
-section 2.1.2): expert biases moved by the sign of the load's excess, gamma = 1e-3, and a sequence-wise loss
-with alpha = 1e-4 whose load counts the top-k of unbiased scores.
+The model is transformers' own definition. Sizes are those of the report (DeepSeek-AI 2024, arXiv:2412.19437,
+section 4.2) and of config.json beside the released weights.
 
 Legend: E experts, K top-k.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar
+
+import tyro
 
 from trimtab.bias import Sign
 from trimtab.losses import BatchWise, GlobalBatch, SequenceWise
@@ -21,8 +22,10 @@ from trimtab.train.evaluation import ValidationConfig
 from trimtab.train.hf_model import HFModelConfig, YarnConfig
 from trimtab.train.logging import MetricsConfig
 from trimtab.train.model import Balancing
+from trimtab.train.mtp import MtpConfig
 from trimtab.train.optim import LRSchedulerConfig, OptimizerConfig
 from trimtab.train.parallelism import ParallelismConfig
+from trimtab.train.recipes import change_at, released
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,38 +61,20 @@ class DeepseekV3ModelConfig(HFModelConfig):
     nope_head_dim: int
     rope_head_dim: int
     v_head_dim: int
-    rope_scaling: YarnConfig | None = None
+    rope_scaling: Annotated[YarnConfig | None, tyro.conf.AvoidSubcommands] = None
 
     architecture: ClassVar[str] = "DeepseekV3ForCausalLM"
     may_be_zero: ClassVar[frozenset[str]] = frozenset({"num_dense_layers"})
+    #: Best experts of a group whose scores are its score.
+    group_score_experts: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         """Validate."""
         HFModelConfig.__post_init__(self)
-        if self.num_dense_layers >= self.num_layers:
-            raise ValueError(
-                f"num_dense_layers={self.num_dense_layers} must be in [0, num_layers={self.num_layers}), so that "
-                "one layer has experts; lower model.num_dense_layers"
-            )
+        self.check_dense_layers(self.num_dense_layers)
         if self.rope_head_dim % 2:
             raise ValueError(f"rope_head_dim={self.rope_head_dim} must be even; change model.rope_head_dim")
-        # The family scores a group by its two best experts.
-        if self.num_experts % self.num_groups or self.num_experts < 2 * self.num_groups:
-            raise ValueError(
-                f"num_groups={self.num_groups} must divide num_experts={self.num_experts} into groups of at least "
-                "2; lower model.num_groups"
-            )
-        if self.num_limited_groups > self.num_groups:
-            raise ValueError(
-                f"num_limited_groups={self.num_limited_groups} must be at most num_groups={self.num_groups}; "
-                "lower model.num_limited_groups"
-            )
-        reachable = self.num_experts // self.num_groups * self.num_limited_groups
-        if self.top_k > reachable:
-            raise ValueError(
-                f"top_k={self.top_k} is more than the {reachable} experts of num_limited_groups="
-                f"{self.num_limited_groups}; lower model.top_k or raise model.num_limited_groups"
-            )
+        self.check_groups(self.num_groups, self.num_limited_groups, least=self.group_score_experts)
 
     @property
     def grouped(self) -> bool:
@@ -105,40 +90,67 @@ class DeepseekV3ModelConfig(HFModelConfig):
         """transformers' configuration."""
         from transformers import DeepseekV3Config
 
+        return DeepseekV3Config(**self.latent_settings(vocab_size), norm_topk_prob=True, num_mtp_layers=0)
+
+    def latent_settings(self, vocab_size: int) -> dict[str, Any]:
+        """What transformers calls the sizes of a model with latent attention.
+
+        Args:
+            vocab_size: rows of the embedding.
+        """
         rope: dict[str, Any] = {"rope_type": "default"}
         if self.rope_scaling is not None:
             rope = self.rope_scaling.parameters()
-        return DeepseekV3Config(
-            vocab_size=vocab_size,
-            hidden_size=self.dim,
-            num_hidden_layers=self.num_layers,
-            first_k_dense_replace=self.num_dense_layers,
-            intermediate_size=self.hidden_dim,
-            moe_intermediate_size=self.expert_hidden_dim,
-            n_routed_experts=self.num_experts,
-            num_experts_per_tok=self.top_k,
-            n_shared_experts=self.num_shared_experts,
-            n_group=self.num_groups,
-            topk_group=self.num_limited_groups,
-            norm_topk_prob=True,
-            routed_scaling_factor=self.route_scale,
-            num_attention_heads=self.num_heads,
-            num_key_value_heads=self.num_heads,
-            q_lora_rank=self.q_lora_rank,
-            kv_lora_rank=self.kv_lora_rank,
-            qk_nope_head_dim=self.nope_head_dim,
-            qk_rope_head_dim=self.rope_head_dim,
-            v_head_dim=self.v_head_dim,
-            max_position_embeddings=self.max_seq_len,
-            rope_parameters={**rope, "rope_theta": self.rope_theta},
-            rms_norm_eps=self.norm_eps,
-            initializer_range=self.init_std,
-            tie_word_embeddings=self.tie_embeddings,
-            num_mtp_layers=0,
-            use_cache=False,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
+        return {
+            "vocab_size": vocab_size,
+            "hidden_size": self.dim,
+            "num_hidden_layers": self.num_layers,
+            "first_k_dense_replace": self.num_dense_layers,
+            "intermediate_size": self.hidden_dim,
+            "moe_intermediate_size": self.expert_hidden_dim,
+            "n_routed_experts": self.num_experts,
+            "num_experts_per_tok": self.top_k,
+            "n_shared_experts": self.num_shared_experts,
+            "n_group": self.num_groups,
+            "topk_group": self.num_limited_groups,
+            "routed_scaling_factor": self.route_scale,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_heads,
+            "q_lora_rank": self.q_lora_rank,
+            "kv_lora_rank": self.kv_lora_rank,
+            "qk_nope_head_dim": self.nope_head_dim,
+            "qk_rope_head_dim": self.rope_head_dim,
+            "v_head_dim": self.v_head_dim,
+            "max_position_embeddings": self.max_seq_len,
+            "rope_parameters": {**rope, "rope_theta": self.rope_theta},
+            "rms_norm_eps": self.norm_eps,
+            "initializer_range": self.init_std,
+            "tie_word_embeddings": self.tie_embeddings,
+            "use_cache": False,
+            "bos_token_id": None,
+            "eos_token_id": None,
+        }
+
+
+def deepseek_v3_balancing(
+    *, coef: float = 1e-4, speed: float = 1e-3, freeze_step: int | None = None
+) -> Balancing:
+    """Expert biases moved by the sign rule, and a small sequence-wise loss on top-k of unbiased scores.
+
+    Args:
+        coef: alpha.
+        speed: gamma.
+        freeze_step: optimiser step, counted from 0, from which biases stay as they are; None: they always move.
+
+    Reported: sequence-wise loss 1e-4 on the top-k of unbiased scores; bias rule sign, 1e-3 for 14.3 of 14.8
+        trillion tokens, then 0.
+    Chosen: nothing.
+    Source: DeepSeek-AI 2024, DeepSeek-V3, arXiv:2412.19437, section 2.1.2 (equations 16 to 20) and section 4.2.
+    """
+    return Balancing(
+        objectives=(SequenceWise.Config(coef=coef, assignments="unbiased"),),
+        bias=Sign.Config(speed=speed, schedule=change_at(freeze_step, 0.0)),
+    )
 
 
 def deepseek_v3_debugmodel() -> TrainConfig:
@@ -147,13 +159,7 @@ def deepseek_v3_debugmodel() -> TrainConfig:
     alpha and gamma are 10 times the report's: its biases move for 14.8 trillion tokens, these for 200 steps. A
     step takes 16 rows, four at a time of one domain, so that every step holds text of several.
     """
-    return _debugmodel(
-        Balancing(
-            objectives=(SequenceWise.Config(coef=1e-3, assignments="unbiased"),),
-            bias=Sign.Config(speed=1e-2),
-            bias_decay=0.2,
-        )
-    )
+    return _debugmodel(replace(deepseek_v3_balancing(coef=1e-3, speed=1e-2), bias_decay=0.2))
 
 
 def deepseek_v3_debugmodel_batch_wise() -> TrainConfig:
@@ -179,10 +185,7 @@ def deepseek_v3_tiny() -> TrainConfig:
     """A model of seconds on the text shipped with trimtab, for tests and first looks."""
     return TrainConfig(
         model=DeepseekV3ModelConfig(
-            balancing=Balancing(
-                objectives=(SequenceWise.Config(coef=1e-3, assignments="unbiased"),),
-                bias=Sign.Config(speed=1e-2),
-            ),
+            balancing=deepseek_v3_balancing(coef=1e-3, speed=1e-2),
             dim=32,
             num_layers=3,
             hidden_dim=64,
@@ -207,20 +210,17 @@ def deepseek_v3_tiny() -> TrainConfig:
 def deepseek_v3_671b() -> TrainConfig:
     """The model of the report with its settings (sections 3.2 and 4.2), for 2,048 processes.
 
-    Without multi-token prediction. The report raises the batch from 3,072 rows during the first 469 billion
-    tokens, lets the learning rate fall along a cosine, and runs DualPipe, of which DualPipeV is one half. It
-    recomputes norms and the keys' and values' projections; selective checkpointing keeps the latter. Text and
+    671 billion parameters, and 11.6 billion of the layer that predicts one token further ahead, whose loss weighs
+    0.3 for 10 trillion tokens and 0.1 after. The report raises the batch from 3,072 rows during the first 469
+    billion tokens, lets the learning rate fall along a cosine, and runs DualPipe, of which DualPipeV is one half.
+    It recomputes norms and the keys' and values' projections; selective checkpointing keeps the latter. Text and
     tokenizer are not published: give data.source and data.tokenizer.name.
     """
     global_batch_size, seq_len = 15_360, 4096
-    billion = 1e9 / (global_batch_size * seq_len)  # in steps
-    biases_stop = round(14_300 * billion)
+    trillion = 1e12 / (global_batch_size * seq_len)  # in steps
     return TrainConfig(
         model=DeepseekV3ModelConfig(
-            balancing=Balancing(
-                objectives=(SequenceWise.Config(coef=1e-4, assignments="unbiased"),),
-                bias=Sign.Config(speed=1e-3, schedule=((biases_stop - 1, 1.0), (biases_stop, 0.0))),
-            ),
+            balancing=deepseek_v3_balancing(freeze_step=round(14.3 * trillion)),
             dim=7168,
             num_layers=61,
             num_dense_layers=3,
@@ -239,19 +239,34 @@ def deepseek_v3_671b() -> TrainConfig:
             v_head_dim=128,
             init_std=0.006,
             vocab_size=129_280,
+            mtp=MtpConfig(coef=0.3, schedule=change_at(round(10 * trillion), 1 / 3)),
         ),
         data=DataConfig(seq_len=seq_len, microbatch_size=1),
         training=TrainingConfig(
-            steps=round(14_800 * billion), global_batch_size=global_batch_size, mixed_precision="bfloat16"
+            steps=round(14.8 * trillion), global_batch_size=global_batch_size, mixed_precision="bfloat16"
         ),
         parallelism=ParallelismConfig(
             expert_parallel_degree=64, pipeline_parallel_degree=16, pipeline_parallel_schedule="DualPipeV"
         ),
         optimizer=OptimizerConfig(lr=2.2e-4, betas=(0.9, 0.95), weight_decay=0.1),
         lr_scheduler=LRSchedulerConfig(
-            warmup_steps=2000, decay_steps=round(4_800 * billion), min_factor=7.3e-6 / 2.2e-4
+            warmup_steps=2000, decay_steps=round(4.8 * trillion), min_factor=7.3e-6 / 2.2e-4
         ),
         activation_checkpoint=ActivationCheckpointConfig(mode="selective"),
+    )
+
+
+def deepseek_v3_671b_released() -> TrainConfig:
+    """The same sizes with the positions of the released weights, to go on from them: set checkpoint.initial.
+
+    Positions were stretched to 163,840 in further training (section 4.3 of the report). Biases stay as they are.
+    """
+    return released(
+        deepseek_v3_671b(),
+        balancing=deepseek_v3_balancing(freeze_step=0),
+        mtp=MtpConfig(coef=0.1),
+        max_seq_len=163_840,
+        rope_scaling=YarnConfig(factor=40.0, mscale=1.0, mscale_all_dim=1.0),
     )
 
 

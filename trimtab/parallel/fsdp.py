@@ -10,7 +10,7 @@ so each rank of (pp, dp_shard, cp, tp) has a part of every parameter that no oth
 dp_replicate holds copies. Gradients are sums over the step's tokens: nothing is divided by a number of ranks.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -82,22 +82,31 @@ def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, mesh: Mesh | None) -> Tensor:
+def clip_gradients(
+    parameters: Iterable[nn.Parameter],
+    max_norm: float,
+    mesh: Mesh | None,
+    *,
+    copies: Collection[nn.Parameter] = frozenset(),
+) -> Tensor:
     """Scale gradients so that their norm over all ranks is at most ``max_norm``; return the norm before.
 
     Args:
         parameters: of this rank, all pipeline stages of it together.
         max_norm: bound; infinity only measures.
         mesh: where ranks are; None for one process.
+        copies: replicas of parameters of another stage, scaled alike and not counted.
 
     Returns:
         () float64 on every rank: the norm that one process would have.
     """
+    parameters = list(parameters)
     grads = [grad for grad in local_gradients(parameters) if grad.numel()]
+    counted = [grad for grad in local_gradients(p for p in parameters if p not in copies) if grad.numel()]
     device = grads[0].device if grads else torch.device("cpu" if mesh is None else mesh.device_type)
     square = torch.zeros((), dtype=torch.float64, device=device)
-    if grads:
-        square = torch.stack(torch._foreach_norm(grads)).double().square().sum()
+    if counted:
+        square = torch.stack(torch._foreach_norm(counted)).double().square().sum()
     if mesh is not None:
         # Every part is on one rank only, but for copies along dp_replicate.
         dist.all_reduce(square)

@@ -19,6 +19,7 @@ class ParameterGroup:
         num_replicas: ranks that hold copies of a shard.
         shard_bytes: one shard, padded so that all ranks have as much.
         own_bytes: this rank's shard without padding.
+        trained_bytes: one shard of what has gradients, padded likewise.
     """
 
     axis: str
@@ -27,6 +28,12 @@ class ParameterGroup:
     num_replicas: int
     shard_bytes: int
     own_bytes: int
+    trained_bytes: int
+
+    @property
+    def whole_gradient_bytes(self) -> int:
+        """All shards of gradients, as they are summed."""
+        return self.trained_bytes * self.num_shards
 
     @property
     def whole_bytes(self) -> int:
@@ -59,4 +66,9 @@ def parameter_groups(module: nn.Module) -> Iterator[ParameterGroup]:
                 num_replicas=getattr(group.mesh_info, "replicate_mesh_size", 1),
                 shard_bytes=sum(numel * size for numel, size in zip(padded, sizes, strict=True)),
                 own_bytes=sum(numel * size for numel, size in zip(own, sizes, strict=True)),
+                trained_bytes=sum(
+                    numel * size
+                    for numel, size, shard in zip(padded, sizes, shards, strict=True)
+                    if shard.requires_grad
+                ),
             )

@@ -22,7 +22,7 @@ Schedules are those of `torch.distributed.pipelining`, with shapes given beforeh
 would run one more forward in the first step, whose tokens would be counted. Losses are summed, never averaged.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -34,8 +34,9 @@ from torch.distributed.fsdp import FSDPModule
 from trimtab.parallel.mesh import Mesh
 from trimtab.parallel.schedules import PipelinePlan
 
-Call = Callable[[nn.Module, int, Tensor | None], Tensor]
-Loss = Callable[[Tensor, int], Tensor]
+# The last stage may return anything that its loss can be computed of.
+Call = Callable[[nn.Module, int, Tensor | None], Any]
+Loss = Callable[[Any, int], Tensor]
 T = TypeVar("T")
 
 
@@ -50,6 +51,9 @@ class Pipeline:
         mesh: where ranks are.
         hidden_shape: (B, s, D) of the hidden states that stages pass on, the same for all microbatches.
         dtype: of the hidden states.
+        one_backward: stages whose backward runs in one piece under schedules that split it: those where a
+            parameter is used in two places of which one depends on the other. PyTorch would run what lies
+            between them twice.
 
     Raises:
         ValueError: parts that do not fit the plan, or FSDP inside a part that is not sharded itself.
@@ -63,6 +67,7 @@ class Pipeline:
         *,
         hidden_shape: tuple[int, int, int],
         dtype: torch.dtype,
+        one_backward: Collection[int] = (),
     ) -> None:
         group = mesh.group("pp")
         if group is None or group.size() != plan.pp:
@@ -85,6 +90,7 @@ class Pipeline:
         self._loss: Loss | None = None
         # At least float32: a loss in bfloat16 would lose what the sum over microbatches needs.
         self._loss_dtype = torch.promote_types(dtype, torch.float32)
+        self._one_backward = frozenset(one_backward) if plan.schedule.splits_backward else frozenset()
         self._stages = [self._stage(part, index) for part, index in zip(parts, indices, strict=True)]
         self._schedule: Any = getattr(pipelining, plan.schedule.implementation)(
             self._stages[0] if plan.schedule.placement == "single" else self._stages,
@@ -107,6 +113,8 @@ class Pipeline:
             input_args=(number if index == 0 else hidden,),
             output_args=(loss if index == last else hidden,),
             group=self._group,
+            # What builds the second half of a backward that was run whole: nothing is left to do.
+            dw_builder=_nothing_left if index in self._one_backward else None,
         )
 
     # ---------------------------------------------------------------- one optimiser step
@@ -165,7 +173,7 @@ class Pipeline:
 
     @torch.no_grad()
     def evaluate(
-        self, call: Call, result: Callable[[Tensor, int], T], batch_shapes: Sequence[tuple[int, int]]
+        self, call: Call, result: Callable[[Any, int], T], batch_shapes: Sequence[tuple[int, int]]
     ) -> list[T] | None:
         """Run microbatches forward in evaluation mode; nothing is trained or counted.
 
@@ -236,6 +244,10 @@ class _Stage(pipelining.PipelineStage):
 def _own(x: Tensor) -> Tensor:
     """A tensor that is no view: schedules detach a stage's output in place after its backward."""
     return x.clone() if x._is_view() else x
+
+
+def _nothing_left() -> Callable[[], None]:
+    return lambda: None
 
 
 def _output_is_loss(output: Tensor, target: Tensor) -> Tensor:

@@ -65,7 +65,10 @@ class CheckpointConfig:
             otherwise starts; "never" always starts; a path continues the run of that run directory, or of
             that one checkpoint of it.
         allow_changes: continue although settings differ from those the checkpoint was saved with. The run
-            is then not the one that was saved.
+            is then not the one that was saved. Likewise for the settings that ``initial`` comes with.
+        initial: directory of weights to start from, as model hubs serve them: config.json, and
+            model.safetensors or its shards with their index. A run that resumes does not read it. None draws
+            the weights.
 
     Raises:
         ValueError: an interval below 1, a negative keep, or an empty path.
@@ -76,6 +79,7 @@ class CheckpointConfig:
     keep: int = 2
     resume: str = "auto"
     allow_changes: bool = False
+    initial: str | None = None
 
     def __post_init__(self) -> None:
         """Validate."""
@@ -87,6 +91,8 @@ class CheckpointConfig:
             raise ValueError(f"keep={self.keep} must be at least 0, which keeps all; set checkpoint.keep")
         if not self.resume:
             raise ValueError("resume='' names nothing; set checkpoint.resume to auto, never or a path")
+        if self.initial == "":
+            raise ValueError("initial='' names nothing; set checkpoint.initial to a directory of weights")
 
 
 class Checkpointer:
@@ -301,11 +307,12 @@ class Checkpointer:
         return "no other checkpoint of this run is intact; start again with --checkpoint.resume never"
 
 
-def locate(path: Path) -> tuple[Path, Path | None]:
+def locate(path: Path, *, option: str = "--checkpoint.resume") -> tuple[Path, Path | None]:
     """Resolve what a user asks to resume from.
 
     Args:
         path: a run directory, its folder of checkpoints, or one checkpoint.
+        option: what the user asked with.
 
     Returns:
         The run directory, and the checkpoint if one was meant.
@@ -322,7 +329,7 @@ def locate(path: Path) -> tuple[Path, Path | None]:
     if not path.is_dir() or found is None:
         reason = "does not exist" if not path.exists() else "holds no checkpoint"
         raise CheckpointError(
-            f"--checkpoint.resume {path} {reason}; give a run directory that `trimtab train` wrote, or one of its "
+            f"{option} {path} {reason}; give a run directory that `trimtab train` wrote, or one of its "
             f"{CHECKPOINT_FOLDER}/step-000100"
         )
     return run_dir, checkpoint

@@ -42,10 +42,11 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.tensor import DTensor
 
 from trimtab.parallel.experts import SPLIT_DIMS
+from trimtab.parallel.shared_parameters import shared_names
 from trimtab.train.together import RanksFailedError, describe, lost, rank_and_size
 
 _MODEL, _STATE = "model.", "optimizer.state."
-_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "base_layer")
 _SHOWN = 5
 Offset = tuple[int, ...]
 T = TypeVar("T")
@@ -107,7 +108,9 @@ class LocalState:
     """Parameters, persistent buffers and optimiser state of this rank, by name.
 
     Args:
-        modules: parts of the model that this rank holds, which have no names in common.
+        modules: parts of the model that this rank holds. Of names that they have in common, which are those of
+            `trimtab.parallel.shared_parameters`, the first part's tensor is saved and read, and the others' are
+            replicas of it.
         optimizer: one optimiser of their parameters.
 
     Raises:
@@ -119,7 +122,9 @@ class LocalState:
         self.optimizer = optimizer
         self.model: State = {}
         self._split_dims: dict[str, int] = {}
+        self._replicas: list[tuple[Tensor, Tensor]] = []
         names: dict[nn.Parameter, str] = {}
+        first: dict[str, Tensor] = {}
         for module in modules:
             # First of all: it also brings FSDP's parameters back to the shards that the optimiser has.
             state = module.state_dict()
@@ -129,13 +134,20 @@ class LocalState:
                     raise ValueError(
                         f"state {name!r} is no tensor but {type(value).__name__}, expected tensors"
                     )
-                if f"{_MODEL}{name}" in self.model:
-                    raise ValueError(f"{name!r} is in two parts of the model on this rank, expected in one")
+                if name in first:
+                    if name not in shared_names(module):
+                        raise ValueError(
+                            f"{name!r} is in two parts of the model on this rank, expected in one"
+                        )
+                    self._replicas.append((first[name], value))
+                    continue
                 if value.numel():
+                    first[name] = value
                     self.model[f"{_MODEL}{name}"] = parts_of(value, self._split_dims.get(name))
             for name, parameter in _canonical(module.named_parameters()):
                 names.setdefault(parameter, name)
         self._trained: dict[str, nn.Parameter] = {}
+        self._order: list[str] = []  # of the optimiser's parameters
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter not in names:
@@ -143,7 +155,8 @@ class LocalState:
                         f"the optimiser has a parameter of shape {tuple(parameter.shape)} that no part of the "
                         "model has; build it from the parts' parameters, after FSDP"
                     )
-                self._trained[names[parameter]] = parameter
+                self._trained.setdefault(names[parameter], parameter)
+                self._order.append(names[parameter])
 
     def saved(self) -> State:
         """Everything there is to save. A parameter without optimiser state has none in the checkpoint."""
@@ -176,15 +189,24 @@ class LocalState:
             state[full] = self._state_parts(name, value)
         return state, optimizer_state
 
+    @torch.no_grad()
+    def spread(self) -> None:
+        """Give replicas on this rank the values that have been read into the first."""
+        for first, replica in self._replicas:
+            replica.copy_(first)
+
     def restore(self, optimizer_state: OptimizerState) -> None:
         """Give the optimiser its state; parameters without any are as before their first step."""
+        self.spread()
         groups = self.optimizer.state_dict()["param_groups"]
         numbers = [number for group in groups for number in group["params"]]
-        state = {
-            number: optimizer_state[name]
-            for number, name in zip(numbers, self._trained, strict=True)
-            if name in optimizer_state
-        }
+        state, given = {}, set[str]()
+        for number, name in zip(numbers, self._order, strict=True):
+            values = optimizer_state.get(name)
+            if values is not None:
+                # Replicas have the same state, but not the same memory.
+                state[number] = {k: v.clone() for k, v in values.items()} if name in given else values
+                given.add(name)
         # Moves the steps of fused and capturable optimisers to the device, which is not to be known here.
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 

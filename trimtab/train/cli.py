@@ -1,4 +1,4 @@
-"""The command line: ``trimtab train``, ``trimtab plan``, ``trimtab configs``, ``trimtab report``.
+"""The command line: ``trimtab train``, ``plan``, ``configs``, ``report`` and ``export``.
 
 Nothing heavy is imported before a command needs it. `trimtab train` with several processes checks everything in
 this one, starts them, and each of them runs the same command as torchrun would.
@@ -31,6 +31,7 @@ commands:
   plan       check a run on any number of ranks without them, and print what it would be
   configs    list the modules and their configs
   report     write the HTML report of a run again: trimtab report runs/NAME
+  export     write a checkpoint for transformers: trimtab export runs/NAME DIRECTORY
 
 trimtab COMMAND --help says more. The first thing to try, a few minutes on a CPU:
 
@@ -63,7 +64,7 @@ How experts are balanced is part of the model's config, in Python, and has no fl
 The defaults below are those of {name}.\
 """
 
-_COMMANDS = ("train", "plan", "configs", "report")
+_COMMANDS = ("train", "plan", "configs", "report", "export")
 _LAUNCH_OPTIONS = {"nproc": int, "nnodes": int, "node_rank": int, "master_addr": str, "master_port": int}
 
 
@@ -86,7 +87,14 @@ def main(argv: list[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning  # type: ignore[assignment]
         try:
-            return {"train": _train, "plan": _plan, "configs": _configs, "report": _report}[command](rest)
+            run_command = {
+                "train": _train,
+                "plan": _plan,
+                "configs": _configs,
+                "report": _report,
+                "export": _export,
+            }[command]
+            return run_command(rest)
         except ValueError as error:
             return _fail(str(error))
         except KeyboardInterrupt:
@@ -185,9 +193,16 @@ def _check(config: TrainConfig, world_size: int, num_local: int) -> None:
     """Everything that can be known before processes meet.
 
     Raises:
-        ValueError: the configuration cannot be run by so many processes, or on this machine's devices.
+        ValueError: the configuration cannot be run by so many processes, or on this machine's devices, or from
+            the directory it names.
     """
     config.for_world(world_size)
+    checkpoint = config.checkpoint
+    may_resume = checkpoint.resume != "never" and (checkpoint.resume != "auto" or config.run_name is not None)
+    if checkpoint.initial is not None and not may_resume:  # a run that resumes does not read it
+        from trimtab.train.hf_checkpoint import check_initial
+
+        check_initial(Path(checkpoint.initial))
     from trimtab.train.compute import check_precision, find_device
 
     device = find_device(config.training.device)
@@ -265,6 +280,42 @@ def _report(argv: list[str]) -> int:
     from trimtab.train.report import write_report
 
     print(write_report(chosen.run_dir))
+    return 0
+
+
+def _export(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="trimtab export",
+        description="Write a checkpoint as a directory that transformers' from_pretrained loads.",
+    )
+    parser.add_argument(
+        "run", type=Path, help="run directory, whose newest checkpoint is taken, or a checkpoint"
+    )
+    parser.add_argument("directory", type=Path, help="directory to make")
+    parser.add_argument("--max-shard-size", default="5GB", help="of one file of weights (default: 5GB)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of weights (default: as trained)")
+    parser.add_argument(
+        "--adapter",
+        action="store_true",
+        help="write the adapter alone, as peft loads it (default: the model, with its adapter merged)",
+    )
+    chosen = parser.parse_args(argv)
+    from trimtab.train.hf_export import export, export_adapter
+
+    if chosen.adapter:
+        checkpoint, remarks = export_adapter(chosen.run, chosen.directory)
+        print(f"{checkpoint} -> {chosen.directory}")
+        for remark in remarks:
+            print(remark)
+        return 0
+
+    done = export(chosen.run, chosen.directory, max_shard_size=chosen.max_shard_size, dtype=chosen.dtype)
+    files = f"{len(done.files)} file{'s' * (len(done.files) > 1)}"
+    print(
+        f"{done.checkpoint} -> {done.folder}: {done.num_tensors} tensors, {done.num_bytes:,} bytes in {files}"
+    )
+    for remark in done.remarks:
+        print(remark)
     return 0
 
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
+from trimtab.integrations.stages import divide_layers
 from trimtab.parallel.tokens import TokenShard
 from trimtab.scale import Order
 from trimtab.train.checkpoint import CheckpointConfig
 from trimtab.train.compute import ActivationCheckpointConfig, CompileConfig, Device, Precision
 from trimtab.train.data import DataConfig, TokenLoader
 from trimtab.train.evaluation import ValidationConfig
+from trimtab.train.finetune import FinetuneConfig
 from trimtab.train.logging import MetricsConfig
 from trimtab.train.model import ModelConfig
+from trimtab.train.mtp import mtp_of
 from trimtab.train.optim import LRSchedulerConfig, OptimizerConfig
 from trimtab.train.parallelism import ParallelismConfig, ResolvedRun, divide_batch
 
@@ -75,6 +79,7 @@ class TrainConfig:
         model: the model and how its experts are balanced.
         data: text, tokenizer, and the shape and order of microbatches.
         training: the loop.
+        finetune: which parameters are trained.
         parallelism: how the run is divided among processes.
         optimizer: AdamW.
         lr_scheduler: warm-up, plateau and decay of the learning rate.
@@ -94,6 +99,7 @@ class TrainConfig:
     model: ModelConfig
     data: DataConfig
     training: TrainingConfig
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lr_scheduler: LRSchedulerConfig = field(default_factory=LRSchedulerConfig)
@@ -106,7 +112,8 @@ class TrainConfig:
     run_name: str | None = None
 
     def __post_init__(self) -> None:
-        """Validate what no section can see alone."""
+        """Take over what the model's directory holds, and validate what no section can see alone."""
+        self._use_directory()
         global_size, micro_size = self.training.global_batch_size, self.data.microbatch_size
         if global_size is None and micro_size is None:
             raise ValueError(
@@ -123,9 +130,22 @@ class TrainConfig:
                 f"data.seq_len={self.data.seq_len} is longer than model.max_seq_len={self.model.max_seq_len}; "
                 "lower data.seq_len or raise model.max_seq_len"
             )
+        if self.data.has_images and not self.model.takes_images:
+            raise ValueError(
+                f"data.source={self.data.source!r} has images, which {type(self.model).__name__} does not take; "
+                "choose a module with a vision tower (trimtab configs lists all), or leave out data.images.enable"
+            )
+        if self.data.has_images and mtp_of(self.model) is not None:
+            raise ValueError(
+                f"data.source={self.data.source!r} has images and model.mtp is set: multi-token prediction reads "
+                "embeddings of tokens, which for images are placeholders; set model.mtp to None, or leave out "
+                "data.images.enable"
+            )
+        self.model.check_rows(packing=self.data.packing, compiled=self.compile.enable)
         self.lr_scheduler.phases(self.training.steps)
         # What no number of processes could mend; the rest is known in `for_world`.
         self._check_balancing(num_microbatches=1)
+        self.finetune.check_balancing(self.model.balancing)
         if self.validation.enable and self.data.validation_fraction == 0:
             raise ValueError(
                 "validation.enable is set, but data.validation_fraction=0 holds no text out; raise it, or give "
@@ -139,6 +159,16 @@ class TrainConfig:
         if not self.dump_folder:
             raise ValueError("dump_folder='' names no folder; set it, for example to runs")
 
+    def _use_directory(self) -> None:
+        directory = self.model.directory
+        if directory is None:
+            return
+        if self.checkpoint.initial is None:
+            object.__setattr__(self, "checkpoint", replace(self.checkpoint, initial=directory))
+        if self.data.tokenizer.name == "model":
+            tokenizer = replace(self.data.tokenizer, name=directory)
+            object.__setattr__(self, "data", replace(self.data, tokenizer=tokenizer))
+
     def for_world(self, world_size: int) -> ResolvedRun:
         """What this configuration is with so many processes: the check of all that depends on their number.
 
@@ -148,6 +178,7 @@ class TrainConfig:
         parallelism, balancing = self.parallelism, self.model.balancing
         degrees = parallelism.resolve(world_size)
         self.model.check_parallel(degrees)
+        self.finetune.check_parallel(degrees)
         try:
             TokenShard.make(self.data.seq_len, cp=degrees.cp, tp=degrees.tp)
         except ValueError as error:
@@ -170,6 +201,14 @@ class TrainConfig:
                 f"{degrees.data} * {parallelism.microbatch_option}={B})"
             ) from None
         plan = parallelism.plan(num_layers=self.model.num_layers, num_microbatches=M)
+        if plan is not None:
+            num_first = self.model.num_first_stage_layers
+            try:
+                divide_layers(self.model.num_layers, plan.num_stages, num_first=num_first)
+            except ValueError as error:
+                raise ValueError(
+                    f"parallelism.pipeline_parallel_degree={plan.pp} ({plan.name}): {error}"
+                ) from None
         return ResolvedRun(degrees=degrees, microbatch_size=B, num_microbatches=M, order=order, pipeline=plan)
 
     def _check_balancing(self, *, num_microbatches: int, order: Order | None = None) -> None:
@@ -182,12 +221,15 @@ class TrainConfig:
             order=order,
         )
 
-    def build_loader(self, run: ResolvedRun, *, data_rank: int = 0) -> TokenLoader:
+    def build_loader(
+        self, run: ResolvedRun, *, data_rank: int = 0, stages: Collection[int] = (0,)
+    ) -> TokenLoader:
         """The data of one data rank; see `DataConfig.build`.
 
         Args:
             run: this configuration with its number of processes.
             data_rank: in [0, run.degrees.data).
+            stages: pipeline stages that are given the data; images are for the first.
 
         Raises:
             ValueError: the data cannot be read.
@@ -197,6 +239,8 @@ class TrainConfig:
             world_size=run.degrees.data,
             microbatch_size=run.microbatch_size,
             global_batch_size=run.global_batch_size,
+            image_layout=self.model.image_layout if self.model.takes_images else None,
+            patches=0 in stages,
         )
 
 
@@ -208,6 +252,7 @@ _FREE = (
     "metrics",
     "validation",
     "data.max_validation_microbatches",
+    "finetune.save_adapter",
     "parallelism",
     "training.timeout_seconds",
 )

@@ -10,14 +10,19 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trimtab.train.chat import ChatConfig, chat_encoder, check_chat, encode_conversations
+from trimtab.train.conversations import read_conversations, read_fixed_conversations
 from trimtab.train.corpus import EmbeddedCorpusConfig, load_fixed_corpus
+from trimtab.train.images import ImageLayout
+from trimtab.train.images_source import check_images, read_images
+from trimtab.train.images_store import ImagesConfig
 from trimtab.train.packing import (
     PackedRows,
     PaddedRows,
@@ -33,8 +38,10 @@ from trimtab.train.packing import (
 from trimtab.train.sources import read_documents
 from trimtab.train.token_store import TokenStore, split_validation, tokenize
 from trimtab.train.tokenizer import Tokenizer, TokenizerConfig
+from trimtab.train.whole_rows import WholeRows
 
 _STATE_VERSION = 1
+BUILT_IN = ("embedded", "fixed", "shapes")
 # First entry after the seed in every random key, so that two uses never share random words.
 _DOCUMENT_ORDER, _SCHEDULE, _ROW_ORDER = 0, 1, 2
 
@@ -50,13 +57,17 @@ class DataConfig:
             them is one forward.
         source: "embedded" (text found on this machine, four domains), "fixed" (10 kB shipped with trimtab,
             the same everywhere), or files and directories of `.txt`, `.jsonl`, `.parquet`, each optionally as
-            `domain=path`. A file called "embedded" is "./embedded".
+            `domain=path`. A file called "embedded" is "./embedded". "shapes" draws images with captions,
+            for a model that takes images. With ``chat.enable``, "fixed" (two dozen
+            conversations shipped with trimtab) or files of conversations.
         tokenizer: the tokenizer.
         embedded: what to read for `source="embedded"`.
         text_field: field or column of the user's files that holds the text.
         domain_field: optional field or column of the user's files that holds the domain.
-        packing: True: documents one after another, no padding. False: each document has rows of its own,
-            padded.
+        chat: whether the source holds conversations, of which only what an assistant says is predicted.
+        images: images of the source, for a model that takes them; without, fields with images are not read.
+        packing: True: documents one after another, no padding; of conversations and of documents with images
+            several whole ones in a row, with little padding. False: each document has rows of its own, padded.
         domain_pure: rows that are drawn together are of one domain, in proportion to the domains' sizes.
         add_bos: open each document with the tokenizer's bos.
         shuffle: new order of the documents (without packing: of the rows) in each epoch; False: the source's.
@@ -76,6 +87,8 @@ class DataConfig:
     embedded: EmbeddedCorpusConfig = field(default_factory=EmbeddedCorpusConfig)
     text_field: str = "text"
     domain_field: str = "domain"
+    chat: ChatConfig = field(default_factory=ChatConfig)
+    images: ImagesConfig = field(default_factory=ImagesConfig)
     packing: bool = True
     domain_pure: bool = False
     add_bos: bool = False
@@ -104,14 +117,22 @@ class DataConfig:
             raise ValueError(f"source={self.source!r} names nothing; give 'embedded', 'fixed' or paths")
         if self.source != "embedded" and self.embedded != EmbeddedCorpusConfig():
             warnings.warn(f"data.embedded has no effect with source={self.source!r}", stacklevel=3)
-        if self.source in ("embedded", "fixed"):
+        if self.source in BUILT_IN:
             for name, default in (("text_field", "text"), ("domain_field", "domain")):
                 if getattr(self, name) != default:
                     warnings.warn(f"data.{name} has no effect with source={self.source!r}", stacklevel=3)
+        if self.chat.enable:
+            check_chat(self)
+        check_images(self)
         if self.max_validation_microbatches is not None and self.validation_fraction == 0:
             warnings.warn(
                 "data.max_validation_microbatches has no effect with validation_fraction=0", stacklevel=3
             )
+
+    @property
+    def has_images(self) -> bool:
+        """Whether documents may have images."""
+        return self.source == "shapes" or self.images.enable
 
     def build(
         self,
@@ -120,6 +141,8 @@ class DataConfig:
         world_size: int = 1,
         microbatch_size: int | None = None,
         global_batch_size: int | None = None,
+        image_layout: Callable[[int], ImageLayout] | None = None,
+        patches: bool = True,
     ) -> TokenLoader:
         """Read, check and tokenise all text.
 
@@ -129,20 +152,18 @@ class DataConfig:
             microbatch_size: B, rows of one forward; None: as the field says.
             global_batch_size: rows of an optimiser step, which are drawn together where the field is None;
                 None: one forward on each data rank.
+            image_layout: how the model cuts images, given the tokenizer's number of ids; None: it takes none.
+            patches: read images; False on ranks that do not need them.
 
         Raises:
             ValueError: the source or the tokenizer can not be read, a domain is too small to be divided, or
                 nothing says how many rows are drawn together.
         """
         tokenizer = self.tokenizer.build()
-        if self.source == "embedded":
-            documents: Any = self.embedded.build()
-        elif self.source == "fixed":
-            documents = load_fixed_corpus()
+        if self.has_images:
+            store = read_images(self, tokenizer, image_layout)
         else:
-            paths = (self.source,) if isinstance(self.source, str) else self.source
-            documents = read_documents(paths, text_field=self.text_field, domain_field=self.domain_field)
-        store = tokenize(documents, tokenizer, add_bos=self.add_bos)
+            store = self._conversations(tokenizer) if self.chat.enable else self._texts(tokenizer)
         train, validation = split_validation(store, self.validation_fraction)
         return TokenLoader(
             self,
@@ -153,7 +174,37 @@ class DataConfig:
             world_size=world_size,
             microbatch_size=microbatch_size,
             global_batch_size=global_batch_size,
+            patches=patches,
         )
+
+    def _texts(self, tokenizer: Tokenizer) -> TokenStore:
+        if self.source == "embedded":
+            documents: Any = self.embedded.build()
+        elif self.source == "fixed":
+            documents = load_fixed_corpus()
+        else:
+            documents = read_documents(self.paths, text_field=self.text_field, domain_field=self.domain_field)
+        return tokenize(documents, tokenizer, add_bos=self.add_bos)
+
+    def _conversations(self, tokenizer: Tokenizer) -> TokenStore:
+        if self.source == "fixed":
+            conversations = read_fixed_conversations()
+        else:
+            conversations = read_conversations(
+                self.paths,
+                messages_field=self.chat.messages_field,
+                tools_field=self.chat.tools_field,
+                domain_field=self.domain_field,
+            )
+        encoder = chat_encoder(self.chat, self.tokenizer)
+        return encode_conversations(
+            conversations, encoder, tokenizer, seq_len=self.seq_len, too_long=self.chat.too_long
+        )
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The user's files and directories."""
+        return (self.source,) if isinstance(self.source, str) else self.source
 
 
 class TokenLoader:
@@ -169,6 +220,7 @@ class TokenLoader:
         microbatch_size: B, rows of one forward; None: ``config.microbatch_size``.
         global_batch_size: rows of an optimiser step, which are drawn together where
             ``config.microbatch_size`` is None; None: one forward on each data rank.
+        patches: read images; False on ranks that do not need them.
 
     Raises:
         ValueError: `rank` is not in [0, world_size), or nothing says how many rows are drawn together.
@@ -185,6 +237,7 @@ class TokenLoader:
         world_size: int = 1,
         microbatch_size: int | None = None,
         global_batch_size: int | None = None,
+        patches: bool = True,
     ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(
@@ -197,6 +250,7 @@ class TokenLoader:
                 "or set data.microbatch_size"
             )
         self.config = config
+        self._patches = patches
         self.microbatch_size = microbatch_size if microbatch_size is not None else chunk_size
         self.tokenizer = tokenizer
         self._chunk_size = chunk_size
@@ -238,6 +292,8 @@ class TokenLoader:
             "shuffle": config.shuffle,
             "seed": config.seed,
         }
+        if train.whole:
+            self._fingerprint["whole_documents"] = True
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -281,7 +337,7 @@ class TokenLoader:
             num_rows = min(last - first, self._chunk_size - place)
             parts.append(self._read(chunk, place, num_rows))
             first += num_rows
-        return join_rows(parts).to_batch(self.tokenizer.pad_id)
+        return join_rows(parts).to_batch(self.tokenizer.pad_id, patches=self._patches)
 
     def _read(self, chunk: int, place: int, num_rows: int) -> Rows:
         """Rows [place, place + num_rows) of a chunk."""
@@ -332,7 +388,10 @@ class TokenLoader:
                 number = index * R + self._rank
                 # Beyond the limit too, a rank without a share gets padding rather than text.
                 first = number * B if number < num_batches else math.ceil(stream.rows_per_epoch)
-                yield domain, stream.read_once(first, B).to_batch(self.tokenizer.pad_id)
+                yield (
+                    domain,
+                    stream.read_once(first, B).to_batch(self.tokenizer.pad_id, patches=self._patches),
+                )
 
     def state_dict(self) -> dict[str, Any]:
         """Position in the data; equal on all data ranks, and plain enough for JSON.
@@ -397,7 +456,9 @@ class TokenLoader:
         permute: Permute = in_order
         if shuffle:
             permute = shuffled(self.config.seed, _DOCUMENT_ORDER, domain_ids[0])
-        return (PackedRows if self.config.packing else PaddedRows)(part, self.config.seq_len, permute)
+        if not self.config.packing:
+            return PaddedRows(part, self.config.seq_len, permute)
+        return (WholeRows if part.whole else PackedRows)(part, self.config.seq_len, permute)
 
     def _locate(self, number: int) -> tuple[int, int]:
         """Stream of a chunk of the run, and which chunk of that stream it is."""

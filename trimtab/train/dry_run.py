@@ -24,6 +24,7 @@ from trimtab.parallel.mesh import Mesh
 from trimtab.train.config import TrainConfig
 from trimtab.train.engine import Engine
 from trimtab.train.footprint import Parameters, RouterState, count_parameters, parameters_of, router_state
+from trimtab.train.mtp import mtp_of
 from trimtab.train.parallelism import ResolvedRun
 from trimtab.train.traffic import Collective, step_traffic
 
@@ -38,11 +39,13 @@ class Stage:
         index: in the order of the model.
         rank: pipeline rank that holds it.
         layers: decoder layers of it.
+        num_mtp: layers of multi-token prediction that follow them and the head.
     """
 
     index: int
     rank: int
     layers: range
+    num_mtp: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,7 +126,7 @@ def dry_run(config: TrainConfig, world_size: int, *, rank: int = 0, vocab_size: 
             checkpointing=config.activation_checkpoint.mode,
             precision=config.training.mixed_precision,
             stages=_stages(config, run),
-            parameters=parameters_of(engine, model.counts),
+            parameters=parameters_of(engine, {**model.counts, "adapters": _num_adapters(config, vocab_size)}),
             routers=tuple(
                 state for part in engine.parts if (state := router_state(engine, part)) is not None
             ),
@@ -131,13 +134,28 @@ def dry_run(config: TrainConfig, world_size: int, *, rank: int = 0, vocab_size: 
         )
 
 
+def _num_adapters(config: TrainConfig, vocab_size: int) -> int:
+    """Parameters that the run adds to the model."""
+    if not config.finetune.adapts:
+        return 0
+    with torch.device("meta"):
+        model = config.model.build(vocab_size=vocab_size, seq_len=config.data.seq_len)
+    routers = discover(model)
+    config.finetune.apply(model, routers)
+    return count_parameters(model, routers)["adapters"]
+
+
 def _stages(config: TrainConfig, run: ResolvedRun) -> tuple[Stage, ...]:
-    plan = run.pipeline
+    plan, mtp = run.pipeline, mtp_of(config.model)
+    num_mtp = 0 if mtp is None else mtp.num_layers
     if plan is None:
-        return (Stage(index=0, rank=0, layers=range(config.model.num_layers)),)
-    divided = divide_layers(config.model.num_layers, plan.num_stages)
+        return (Stage(index=0, rank=0, layers=range(config.model.num_layers), num_mtp=num_mtp),)
+    num_first = config.model.num_first_stage_layers
+    divided = divide_layers(config.model.num_layers, plan.num_stages, num_mtp, num_first=num_first)
+    last = plan.num_stages - 1
     return tuple(
-        Stage(index=index, rank=plan.rank_of(index), layers=layers) for index, layers in enumerate(divided)
+        Stage(index=i, rank=plan.rank_of(i), layers=layers, num_mtp=num_mtp if i == last else 0)
+        for i, layers in enumerate(divided)
     )
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from trimtab.train.footprint import KINDS, RouterState
 
 if TYPE_CHECKING:
-    from trimtab.train.dry_run import DryRun
+    from trimtab.train.dry_run import DryRun, Stage
     from trimtab.train.traffic import Collective
 
 
@@ -74,11 +74,15 @@ def _stages(found: DryRun) -> list[str]:
             [
                 str(rank),
                 ", ".join(str(stage.index) for stage in stages),
-                ", ".join(_span(stage.layers) for stage in stages),
+                ", ".join(_layers(stage) for stage in stages),
                 "this rank" if rank == own else "",
             ]
         )
     return ["Stages", *_columns(rows, left=(1, 2, 3))]
+
+
+def _layers(stage: Stage) -> str:
+    return _span(stage.layers) + (f" and {stage.num_mtp} mtp" if stage.num_mtp else "")
 
 
 def _span(layers: range) -> str:
@@ -101,15 +105,13 @@ def _parameters(found: DryRun) -> list[str]:
 
 def _memory(found: DryRun) -> list[str]:
     p = found.parameters
-    own = p.num_own * p.size
+    own, trained = p.num_own * p.size, p.num_trained * p.size
     rows = [
         ["weights", size_of(own), f"and {size_of(p.padding)} of padding" if p.padding else ""],
-        ["gradients", size_of(own), ""],
-        ["AdamW's moments", size_of(2 * own), ""],
-        ["all of these", size_of(4 * own + p.padding), ""],
+        ["gradients", size_of(trained), f"of {p.num_trained:,} that are trained" if trained < own else ""],
+        ["AdamW's moments", size_of(2 * trained), ""],
+        ["all of these", size_of(own + 3 * trained + p.padding), ""],
     ]
-    # Weights are drawn as in one process, and each rank keeps its part of them.
-    rows.append(["whole model", size_of(p.num_whole * p.size), "in host memory while the run starts"])
     if p.gathered:
         what = "root" if found.run.pipeline is None else "all stages of this rank"
         rows.append(["gathered weights", size_of(p.gathered), f"during a step: {what}"])

@@ -4,9 +4,9 @@ Legend: M microbatches of an optimiser step; B rows, S tokens of a row, s of the
 
 Order of construction, for each part of the model that this rank holds (one, or several pipeline stages):
 the model without values -> experts on trimtab's kernels -> activation checkpointing -> attention and experts
-divided over tp, cp, ep, etp -> balancer -> torch.compile of layers -> FSDP -> memory and values of this rank's
-part, the same as in one process. Whatever the plan, the loss of a step is the sum over its label tokens on all
-ranks, divided by their number, and gradients are summed.
+divided over tp, cp, ep, etp -> adapters, and what is frozen -> balancer -> torch.compile of layers -> FSDP ->
+memory and values of this rank's part, the same as in one process. Whatever the plan, the loss of a step is the sum
+over its label tokens on all ranks, divided by their number, and gradients are summed.
 """
 
 from __future__ import annotations
@@ -27,25 +27,33 @@ from trimtab.integrations.attention_masks import position_arguments
 from trimtab.integrations.discovery import FoundRouter, discover
 from trimtab.integrations.empty import allocate, to_device
 from trimtab.integrations.experts import use_trimtab_experts
+from trimtab.integrations.mtp import mtp_layers
 from trimtab.integrations.parallel import decoder_layers, parallelize
-from trimtab.integrations.stages import run_stage, split_into_stages
+from trimtab.integrations.stages import call_stage, needs_one_backward, split_into_stages
+from trimtab.integrations.vision import image_arguments, tower_blocks
 from trimtab.microbatch import Context
 from trimtab.parallel.fsdp import gathers_inside_layers, shard_parameters
 from trimtab.parallel.mesh import Mesh
 from trimtab.parallel.pipeline import Pipeline
+from trimtab.parallel.shared_parameters import SharedParameters
 from trimtab.parallel.tokens import TokenShard
 from trimtab.parallel.zero_bubble import zero_bubble_compile_settings
 from trimtab.ranks import TokenRanks
 from trimtab.scale import GradReduction
+from trimtab.train.checkpoint_state import canonical_name
 from trimtab.train.compute import autocast, keep_routers_in_float32
 from trimtab.train.config import TrainConfig
 from trimtab.train.evaluation import next_token_targets, token_loss
 from trimtab.train.initial_weights import draw_weights
+from trimtab.train.mtp import mtp_inputs, mtp_of
 from trimtab.train.packing import TokenBatch
 from trimtab.train.parallelism import ResolvedRun
+from trimtab.train.step_losses import Logits, StepLosses, label_totals, summed_losses
 
 # Called before each forward with the part's number and its microbatch.
 Listener = Callable[[int, TokenBatch], None]
+# What balancers are told of a step.
+_DECLARED = ("num_counted_tokens", "num_sequences", "num_documents")
 
 
 @dataclass(slots=True)
@@ -109,7 +117,10 @@ class Engine:
         if mesh is not None:
             # What is random in the model is drawn by each rank for its own tokens.
             torch.manual_seed(config.training.seed + 1 + dist.get_rank())
+        #: This rank's part of the last step's loss of multi-token prediction, without its coefficient.
+        self.mtp_loss: Tensor | None = None
         self.pipeline: Pipeline | None = None
+        self.shared: SharedParameters | None = None
         if plan is not None and mesh is not None:
             width = self.parts[0].module.config.get_text_config().hidden_size
             self.pipeline = Pipeline(
@@ -118,7 +129,9 @@ class Engine:
                 mesh,
                 hidden_shape=(run.microbatch_size, len(self.shard.own_s), width),
                 dtype=next(self.parameters()).dtype,
+                one_backward=[part.stage for part in self.parts if needs_one_backward(part.module)],
             )
+            self.shared = SharedParameters({part.stage: part.module for part in self.parts}, plan, mesh)
 
     # ---------------------------------------------------------------- construction
 
@@ -137,6 +150,7 @@ class Engine:
         config.activation_checkpoint.apply(model, contexts)
         to_device(model, self.device)
         divided = None if mesh is None else parallelize(model, mesh)
+        config.finetune.apply(model, routers, mesh=mesh, divided=divided)
         balancer = self._attach(model) if routers else None
         if balancer is not None:
             contexts.append(balancer.context)
@@ -151,7 +165,7 @@ class Engine:
             shard_parameters(
                 model,
                 mesh,
-                layers=layers,
+                layers=[*layers, *tower_blocks(model)],
                 experts=divided.experts,
                 heads=divided.heads,
                 reshard_after_forward=self.num_stages == 1,
@@ -160,11 +174,12 @@ class Engine:
 
     def _fill(self, draw: bool) -> None:
         """Give parameters that were built without values their memory, on this rank's own part of them alone."""
-        empty = [module for module in self.modules if any(p.is_meta for p in module.parameters())]
-        for module in empty:
+        named = [entry for module in self.modules for entry in module.named_parameters()]
+        empty = {canonical_name(name) for name, parameter in named if parameter.is_meta}
+        for module in self.modules:
             allocate(module, self.device)
-        if draw:
-            draw_weights(empty, seed=self.config.training.seed)
+        if draw and empty:
+            draw_weights(self.modules, seed=self.config.training.seed, wanted=empty.__contains__)
 
     def _attach(self, model: nn.Module) -> Balancer:
         config, mesh, degrees = self.config, self.mesh, self.run.degrees
@@ -205,15 +220,21 @@ class Engine:
         for part in self.parts:
             yield from part.module.parameters()
 
+    @property
+    def copies(self) -> frozenset[nn.Parameter]:
+        """Those of `parameters` that are replicas of an earlier stage's."""
+        return frozenset() if self.shared is None else self.shared.copies
+
     # ---------------------------------------------------------------- a step
 
     def totals(self, batches: Sequence[TokenBatch]) -> dict[str, int]:
-        """Label tokens, tokens, sequences and documents of a step on all ranks."""
+        """Label tokens, tokens, sequences and documents of a step on all ranks; label tokens of each MTP depth."""
+        labels = label_totals(batches, mtp_of(self.config.model))
+        names = [*labels, "num_tokens", *_DECLARED]
         local = [
-            sum(batch.num_label_tokens for batch in batches),
+            *labels.values(),
             sum(batch.num_tokens for batch in batches),
-            sum(int(batch.valid_mask_BS.any(dim=1).sum()) for batch in batches),
-            sum(batch.num_sequences for batch in batches),
+            *map(sum, zip(*(self._counted(batch)[1] for batch in batches), strict=True)),
         ]
         if self.mesh is not None and (group := self.mesh.group("tokens")) is not None:
             # Ranks that share sequences have read the same rows, and one of them speaks.
@@ -221,43 +242,55 @@ class Engine:
             summed = torch.tensor(local, device=self.device) * speaks
             dist.all_reduce(summed, group=group)
             local = summed.tolist()
-        return dict(zip(("num_labels", "num_tokens", "num_sequences", "num_documents"), local, strict=True))
+        return dict(zip(names, local, strict=True))
 
-    def train_step(self, batches: Sequence[TokenBatch], totals: dict[str, int]) -> Tensor:
+    def train_step(
+        self, batches: Sequence[TokenBatch], totals: dict[str, int], *, mtp_coef: float | None = None
+    ) -> Tensor:
         """Forwards and backwards of a step's microbatches; gradients are left on the parameters.
 
         Args:
             batches: of this data rank.
             totals: from `totals`.
+            mtp_coef: of multi-token prediction in this step; None: that of the configuration's first step.
 
         Returns:
-            () this rank's part of the step's loss, to be summed over all ranks.
+            () this rank's part of the step's loss, to be summed over all ranks. That of multi-token prediction is
+            no part of it; it is in `mtp_loss`.
         """
-        declared = {name: value for name, value in totals.items() if name != "num_labels"}
         for balancer in self.balancers:
-            balancer.start_step(**declared)
-        num_labels = max(1, totals["num_labels"])
-        if self.pipeline is not None:
-            losses_M = self.pipeline.step(
-                self._caller(batches), lambda logits, number: self.loss(logits, batches[number]) / num_labels
+            balancer.start_step(
+                num_tokens=totals["num_counted_tokens"],
+                num_sequences=totals["num_sequences"],
+                num_documents=totals["num_documents"],
             )
-            return torch.zeros((), device=self.device) if losses_M is None else losses_M.sum()
+        losses = StepLosses(self.loss, totals, self.shard.own_s, mtp_of(self.config.model), mtp_coef)
+        self._run_microbatches(batches, losses)
+        self.mtp_loss = losses.mtp
+        return losses.main
+
+    def _run_microbatches(self, batches: Sequence[TokenBatch], losses: StepLosses) -> None:
+        """Forwards and backwards, in the order that the run has."""
+        if self.pipeline is not None:
+            self.pipeline.step(
+                self._caller(batches), lambda output, number: losses.share(output, batches[number])
+            )
+            assert self.shared is not None
+            self.shared.sum_gradients()
+            return
         if self.run.order == "counting_pass":
             self._count(batches)
-        losses = []
         if self.run.order == "forward_first":
-            losses = [self._loss(batch) / num_labels for batch in batches]
-            for number, loss in enumerate(losses):
-                self._sync_gradients(number == len(losses) - 1)
-                loss.backward()
+            shares = [losses.share(self.forward(self.parts[0], batch), batch) for batch in batches]
+            for number, share in enumerate(shares):
+                self._sync_gradients(number == len(shares) - 1)
+                share.backward()
         else:
             for number, batch in enumerate(batches):
                 self._sync_gradients(number == len(batches) - 1)
-                losses.append(self._loss(batch) / num_labels)
-                losses[-1].backward()
-        return torch.stack([loss.detach() for loss in losses]).sum()
+                losses.share(self.forward(self.parts[0], batch), batch).backward()
 
-    def _caller(self, batches: Sequence[TokenBatch]) -> Callable[[nn.Module, int, Tensor | None], Tensor]:
+    def _caller(self, batches: Sequence[TokenBatch]) -> Callable[[nn.Module, int, Tensor | None], Logits]:
         """How a pipeline runs one microbatch through one of its parts."""
         part_of = {id(part.module): part for part in self.parts}
         return lambda module, number, hidden: self.forward(part_of[id(module)], batches[number], hidden)
@@ -277,15 +310,22 @@ class Engine:
             if isinstance(module, FSDPModule):
                 module.set_requires_gradient_sync(sync)
 
-    def _loss(self, batch: TokenBatch) -> Tensor:
-        return self.loss(self.forward(self.parts[0], batch), batch)
+    def _counted(self, batch: TokenBatch) -> tuple[Tensor, tuple[int, int, int]]:
+        """(B, S) tokens that balancing counts; how many, and the sequences and documents that have any."""
+        mask_BS = batch.valid_mask_BS
+        num_rows = int(mask_BS.any(dim=1).sum())
+        if batch.images is None or self.config.model.balancing.visual_tokens == "count":
+            return mask_BS, (batch.num_tokens, num_rows, batch.num_sequences)
+        mask_BS = mask_BS & ~batch.images.visual_mask_BS
+        num_documents = len(batch.document_ids_BS()[mask_BS].unique())
+        return mask_BS, (int(mask_BS.sum()), int(mask_BS.any(dim=1).sum()), num_documents)
 
     def loss(self, logits_BsV: Tensor, batch: TokenBatch) -> Tensor:
         """Sum over this rank's label tokens of their loss."""
         targets_BS = next_token_targets(batch.labels_BS)
         return token_loss(logits_BsV, targets_BS[:, self.shard.own_s])
 
-    def forward(self, part: Part, batch: TokenBatch, hidden_BsD: Tensor | None = None) -> Tensor:
+    def forward(self, part: Part, batch: TokenBatch, hidden_BsD: Tensor | None = None) -> Logits:
         """Run one part on one microbatch.
 
         Args:
@@ -294,7 +334,8 @@ class Engine:
             hidden_BsD: output of the stage before; None for the first.
 
         Returns:
-            (B, s, D) hidden states, or (B, s, vocabulary) logits of the last stage.
+            (B, s, D) hidden states, or of the last stage (B, s, vocabulary) logits, beside those of multi-token
+            prediction if it has that.
         """
         if self.listener is not None:
             self.listener(self.parts.index(part), batch)
@@ -302,7 +343,7 @@ class Engine:
         if part.balancer is not None:
             tokens_T = None if self.shard.is_whole else self.shard.flat_index(len(batch.input_ids_BS))
             described = part.balancer.microbatch(
-                valid_mask=batch.valid_mask_BS, cu_seqlens=batch.cu_seqlens_G, tokens=tokens_T
+                valid_mask=self._counted(batch)[0], cu_seqlens=batch.cu_seqlens_G, tokens=tokens_T
             )
         shard, own_s = self.shard, self.shard.own_s
         x = hidden_BsD
@@ -310,19 +351,36 @@ class Engine:
             x = batch.input_ids_BS if shard.is_whole else batch.input_ids_BS[:, own_s]
         dtype = None if hidden_BsD is None else hidden_BsD.dtype
         arguments = position_arguments(part.module, batch.position_ids_BS, shard, dtype=dtype)
+        if (images := batch.images) is not None:
+            shown = (images.patches_PX, images.grids_I3) if hidden_BsD is None else ()
+            arguments |= image_arguments(batch.position_ids_BS, images.positions_3BS, *shown)
+        depths = len(mtp_layers(part.module))
+        if depths:
+            # Shifted in whole rows: a token's successor may be on another rank.
+            arguments["mtp_input_ids"] = mtp_inputs(batch, depths)[..., own_s]
         with described, autocast(self.config.training.mixed_precision, self.device):
-            return run_stage(part.module, x, **arguments)
+            output = call_stage(part.module, x, **arguments)
+        return output if depths else output.logits
+
+    @property
+    def num_losses(self) -> int:
+        """The main model's loss, and that of each depth of multi-token prediction."""
+        mtp = mtp_of(self.config.model)
+        return 1 if mtp is None else 1 + mtp.num_layers
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
-        """This rank's part of the loss of each microbatch, summed over its label tokens.
+        """Of each microbatch (num_losses, 2): each loss, summed over this rank's label tokens, and their number.
 
         Empty in a pipeline on ranks that do not hold the last stage.
         """
         if self.pipeline is not None:
             shapes = [(len(batch.input_ids_BS), len(self.shard.own_s)) for batch in batches]
             losses = self.pipeline.evaluate(
-                self._caller(batches), lambda logits, number: self.loss(logits, batches[number]), shapes
+                self._caller(batches),
+                lambda output, number: summed_losses(output, batches[number], self.shard.own_s),
+                shapes,
             )
             return losses or []
-        return [self.loss(self.forward(self.parts[0], batch), batch) for batch in batches]
+        outputs = (self.forward(self.parts[0], batch) for batch in batches)
+        return [summed_losses(*pair, self.shard.own_s) for pair in zip(outputs, batches, strict=True)]

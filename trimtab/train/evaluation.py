@@ -1,6 +1,7 @@
 """Validation: loss of held-out text by domain, and which experts each domain's tokens go to.
 
-Legend: B sequences, S length, s tokens of each on this rank, E experts, K top-k, L MoE layers, D domains.
+Legend: B sequences, S length, s tokens of each on this rank, E experts, K top-k, L MoE layers, D domains,
+N losses: the main model's, and those of multi-token prediction.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimtab.integrations.discovery import FoundRouter
-from trimtab.metrics import mutual_information
+from trimtab.metrics import max_violation, mutual_information
 from trimtab.parallel.mesh import Mesh
 from trimtab.parallel.tokens import TokenShard
 from trimtab.reduction import PackedSum
@@ -67,27 +68,33 @@ def token_loss(logits_BsV: Tensor, targets_Bs: Tensor) -> Tensor:
 
 
 class LoadCounter:
-    """Forward hook of one router that counts its assignments of valid tokens by domain.
+    """Forward hook of one router that counts its assignments of valid tokens by domain, and those of images.
 
     Args:
         router: the router.
-        num_domains: D.
+        num_domains: D; of ``counts_DE`` one more row counts visual tokens, of all domains.
         device: where the router runs.
     """
 
     def __init__(self, router: FoundRouter, num_domains: int, device: torch.device) -> None:
         self.router = router
         self.valid_mask_T: Tensor | None = None
+        self.visual_mask_T: Tensor | None = None
         self.domain = 0
-        self.counts_DE = torch.zeros(num_domains, router.num_experts, dtype=torch.int64, device=device)
+        self.counts_DE = torch.zeros(num_domains + 1, router.num_experts, dtype=torch.int64, device=device)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Count one forward."""
         if self.valid_mask_T is None:
             return
         _, _, ids_TK = self.router.family.unpack(output, self.router.top_k)
-        ids = ids_TK.reshape(-1, ids_TK.shape[-1])[self.valid_mask_T].flatten()
-        self.counts_DE[self.domain].scatter_add_(0, ids, torch.ones_like(ids))
+        ids_TK = ids_TK.reshape(-1, ids_TK.shape[-1])
+        places = [(self.domain, self.valid_mask_T)]
+        if self.visual_mask_T is not None:
+            places.append((-1, self.visual_mask_T))
+        for row, mask_T in places:
+            ids = ids_TK[mask_T].flatten()
+            self.counts_DE[row].scatter_add_(0, ids, torch.ones_like(ids))
 
 
 class Evaluated(Protocol):
@@ -99,8 +106,13 @@ class Evaluated(Protocol):
     listener: Callable[[int, TokenBatch], None] | None
     parts: list[Any]
 
+    @property
+    def num_losses(self) -> int:
+        """N."""
+        ...
+
     def evaluate(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
-        """This rank's part of the loss of each microbatch."""
+        """Of each microbatch this rank's part of its losses, and their terms: (num_losses, 2)."""
         ...
 
 
@@ -112,8 +124,11 @@ def evaluate(engine: Evaluated, batches: Iterable[tuple[str, TokenBatch]]) -> di
         batches: domain and microbatch of this data rank; every rank has the same domains.
 
     Returns:
-        ``loss`` over all label tokens, ``domain_loss`` ({domain: loss}), ``domain_load`` ({domain: (L, E)
-        assignments}) and ``mutual_information`` ((L,) bits between domain and expert).
+        ``loss`` over all label tokens, ``mtp_loss`` likewise of multi-token prediction, its mean over depths,
+        where there is any, ``domain_loss`` ({domain: loss}), ``domain_load`` ({domain: (L, E)
+        assignments}) and ``mutual_information`` ((L,) bits between domain and expert). Of a source with images
+        also ``modality_load`` ({"text" and "image": (L, E) assignments}) and ``modality_maxvio`` ({modality: (L,)
+        largest load above the mean}).
     """
     found = [(domain, batch.to(engine.device)) for domain, batch in batches]
     domains = list(dict.fromkeys(domain for domain, _ in found))
@@ -121,9 +136,11 @@ def evaluate(engine: Evaluated, batches: Iterable[tuple[str, TokenBatch]]) -> di
     counters = [[LoadCounter(r, len(domains), engine.device) for r in part.routers] for part in engine.parts]
 
     def before_forward(part: int, batch: TokenBatch) -> None:
-        valid_Bs = batch.valid_mask_BS[:, engine.shard.own_s]
+        own_s, images = engine.shard.own_s, batch.images
         for counter in counters[part]:
-            counter.valid_mask_T, counter.domain = valid_Bs.flatten(), domain_of[id(batch)]
+            counter.valid_mask_T = batch.valid_mask_BS[:, own_s].flatten()
+            counter.visual_mask_T = None if images is None else images.visual_mask_BS[:, own_s].flatten()
+            counter.domain = domain_of[id(batch)]
 
     modes = [part.module.training for part in engine.parts]
     hooks = [c.router.module.register_forward_hook(c) for part in counters for c in part]
@@ -140,29 +157,41 @@ def evaluate(engine: Evaluated, batches: Iterable[tuple[str, TokenBatch]]) -> di
             hook.remove()
         for part, training in zip(engine.parts, modes, strict=True):
             part.module.train(training)
-    sums_D2 = torch.zeros(len(domains), 2, dtype=torch.float64, device=engine.device)
+    shape = (len(domains), engine.num_losses, 2)
+    sums_DN2 = torch.zeros(shape, dtype=torch.float64, device=engine.device)
     # With a pipeline, the last stage alone has losses, and it alone counts labels.
-    for loss, (domain, batch) in zip(losses, found, strict=False):
-        num_labels = (next_token_targets(batch.labels_BS)[:, engine.shard.own_s] != IGNORED_LABEL).sum()
-        sums_D2[domains.index(domain)] += torch.stack([loss.double(), num_labels.double()])
-    load_LDE = _sum_over_ranks(engine, counters, sums_D2)
-    total, num_total = sums_D2.sum(dim=0).tolist()
+    for sums_N2, (domain, _) in zip(losses, found, strict=False):
+        sums_DN2[domains.index(domain)] += sums_N2
+    load_LDE = _sum_over_ranks(engine, counters, sums_DN2)
+    load_LDE, visual_LE = load_LDE[:, :-1], load_LDE[:, -1]
+    main, *depths = [loss / max(1, number) for loss, number in sums_DN2.sum(dim=0).tolist()]
     return {
-        "loss": total / max(1, num_total),
+        "loss": main,
+        **({"mtp_loss": sum(depths) / len(depths)} if depths else {}),
         "domain_loss": {
-            domain: loss / max(1, num) for domain, (loss, num) in zip(domains, sums_D2.tolist(), strict=True)
+            domain: loss / max(1, number)
+            for domain, (loss, number) in zip(domains, sums_DN2[:, 0].tolist(), strict=True)
         },
         "domain_load": {domain: load_LDE[:, place].tolist() for place, domain in enumerate(domains)},
         "mutual_information": mutual_information(load_LDE).tolist(),
+        **(_by_modality(load_LDE.sum(dim=1), visual_LE) if any(batch.images for _, batch in found) else {}),
     }
 
 
-def _sum_over_ranks(engine: Evaluated, counters: list[list[LoadCounter]], sums_D2: Tensor) -> Tensor:
-    """(L, D, E) assignments in all layers of all stages, on the CPU; ``sums_D2`` is summed in place."""
+def _by_modality(all_LE: Tensor, visual_LE: Tensor) -> dict[str, Any]:
+    load = {"text": all_LE - visual_LE, "image": visual_LE}
+    return {
+        "modality_load": {name: load_LE.tolist() for name, load_LE in load.items()},
+        "modality_maxvio": {name: max_violation(load_LE).tolist() for name, load_LE in load.items()},
+    }
+
+
+def _sum_over_ranks(engine: Evaluated, counters: list[list[LoadCounter]], sums_DN2: Tensor) -> Tensor:
+    """(L, D + 1, E) assignments in all layers of all stages, on the CPU; ``sums_DN2`` is summed in place."""
     load = [[counter.counts_DE for counter in part] for part in counters]
     mesh = engine.mesh
     if mesh is not None:
-        dist.all_reduce(sums_D2)
+        dist.all_reduce(sums_DN2)
         if (group := mesh.group("tokens")) is not None and any(load):
             summed = iter(PackedSum([counts_DE for part in load for counts_DE in part], group).wait())
             load = [[next(summed) for _ in part] for part in load]

@@ -16,12 +16,13 @@ from torch.distributed.tensor import DTensor
 
 from trimtab.integrations.discovery import FoundRouter
 from trimtab.integrations.experts import layout_of
+from trimtab.integrations.lora import is_adapter
 from trimtab.moe import MoE
 from trimtab.parallel.parameter_groups import parameter_groups
 from trimtab.train.engine import Engine, Part
 from trimtab.train.traffic import groups_of_microbatch
 
-KINDS = ("experts", "routers", "attention", "feed-forward", "norms", "embedding", "head")
+KINDS = ("experts", "routers", "attention", "feed-forward", "norms", "embedding", "head", "adapters")
 _INT64, _FLOAT32 = torch.int64.itemsize, torch.float32.itemsize
 
 
@@ -51,8 +52,8 @@ def count_parameters(model: Any, routers: Iterable[FoundRouter]) -> dict[str, in
                 seen.add(id(parameter))
                 name = "norms" if kind == "feed-forward" and parameter.dim() < 2 else kind
                 counts[name] += local_numel(parameter)
-        for child in module.children():
-            walk(child, kind)
+        for name, child in module.named_children():
+            walk(child, "adapters" if is_adapter(name) else kind)
 
     walk(model, "feed-forward")
     return {kind: counts[kind] for kind in KINDS}
@@ -65,12 +66,15 @@ def local_numel(parameter: torch.Tensor) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parameters:
-    """Parameters of the model and of one rank. Gradients take as much as weights, AdamW's moments twice that.
+    """Parameters of the model and of one rank.
+
+    Gradients take as much memory as what is trained, AdamW's moments twice that.
 
     Args:
         whole: of the model, by kind.
         own: of this rank, by kind.
         activated: of the model, that one token passes: K / E of the experts and everything else.
+        num_trained: of this rank, that are trained.
         size: bytes of a parameter.
         padding: bytes that FSDP adds to this rank's weights, so that all ranks have as much.
         gathered: bytes of weights that this rank holds beside its own while it trains: all of its stages' in a
@@ -81,6 +85,7 @@ class Parameters:
     whole: Mapping[str, int]
     own: Mapping[str, int]
     activated: int
+    num_trained: int
     size: int
     padding: int
     gathered: int
@@ -116,10 +121,13 @@ def parameters_of(engine: Engine, whole: Mapping[str, int]) -> Parameters:
         own=own,
         activated=sum(whole.values())
         - whole["experts"] * (model.num_experts - model.top_k) // model.num_experts,
+        num_trained=sum(local_numel(p) for p in engine.parameters() if p.requires_grad),
         size=next(engine.parameters()).element_size(),
         padding=sum(group.shard_bytes - group.own_bytes for group in groups),
         gathered=sum(group.whole_bytes for group in groups if kept or group.is_root),
-        accumulated=sum(group.whole_bytes for group in groups) if engine.run.num_microbatches > 1 else 0,
+        accumulated=sum(group.whole_gradient_bytes for group in groups)
+        if engine.run.num_microbatches > 1
+        else 0,
     )
 
 

@@ -11,14 +11,17 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+import tyro
 from torch import nn
 
 from trimtab.integrations.empty import make_buffers
+from trimtab.integrations.mtp import add_mtp
 from trimtab.parallel.mesh import Degrees
 from trimtab.train.model import ModelConfig
+from trimtab.train.mtp import MtpConfig
 
 # Axes that a family may refuse, and the option that a user sets.
 _OPTIONS = {
@@ -77,6 +80,25 @@ class YarnConfig:
         return found if self.truncate else {**found, "truncate": False}
 
 
+def check_axes(degrees: Degrees, refused: Mapping[str, str], architecture: str) -> None:
+    """Check that a model is not divided over axes that it cannot be divided over.
+
+    Args:
+        degrees: processes along each axis.
+        refused: these axes, with the reason.
+        architecture: class of transformers.
+
+    Raises:
+        ValueError: it is; the message names the option.
+    """
+    for axis, reason in refused.items():
+        if (degree := getattr(degrees, axis)) > 1:
+            raise ValueError(
+                f"parallelism.{_OPTIONS[axis]}={degree}: {architecture} cannot be divided so, because "
+                f"{reason}; set it to 1"
+            )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HFModelConfig(ModelConfig):
     """Sizes that all families have. Integers of a family must be positive, unless it says otherwise.
@@ -90,6 +112,7 @@ class HFModelConfig(ModelConfig):
         rope_theta: base of the rotary frequencies.
         vocab_size: rows of the embedding, at least the tokenizer's ids; None for as many.
         tie_embeddings: embedding and head are one parameter.
+        mtp: multi-token prediction, trained with the model; None does without.
 
     Raises:
         ValueError: sizes that are not positive or do not fit each other.
@@ -103,6 +126,7 @@ class HFModelConfig(ModelConfig):
     rope_theta: float = 10_000.0
     vocab_size: int | None = None
     tie_embeddings: bool = False
+    mtp: Annotated[MtpConfig | None, tyro.conf.AvoidSubcommands] = None
 
     #: Class of transformers.
     architecture: ClassVar[str]
@@ -125,29 +149,76 @@ class HFModelConfig(ModelConfig):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive; raise model.{name}")
 
-    def check_heads(self, num_kv_heads: int, head_dim: int) -> None:
+    def check_heads(self, num_kv_heads: int, head_dim: int | None = None) -> None:
         """Check heads of keys and values, and the width of a head.
+
+        Args:
+            num_kv_heads: heads of keys and values.
+            head_dim: width of a head; None where that is the model's width divided by the heads.
 
         Raises:
             ValueError: they do not fit.
         """
+        if head_dim is None and self.dim % self.num_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} must divide dim={self.dim}; change model.num_heads or model.dim"
+            )
         if self.num_heads % num_kv_heads:
             raise ValueError(
                 f"num_kv_heads={num_kv_heads} must divide num_heads={self.num_heads}; change one of them"
             )
-        if head_dim % 2:
+        if head_dim is not None and head_dim % 2:
             raise ValueError(f"head_dim={head_dim} must be even; change model.head_dim")
+        if head_dim is None and self.dim // self.num_heads % 2:
+            raise ValueError(
+                f"dim={self.dim} / num_heads={self.num_heads} must be even; change model.num_heads or model.dim"
+            )
+
+    def check_dense_layers(self, num_dense_layers: int) -> None:
+        """Check that some layer has experts.
+
+        Raises:
+            ValueError: none has.
+        """
+        if num_dense_layers >= self.num_layers:
+            raise ValueError(
+                f"num_dense_layers={num_dense_layers} must be in [0, num_layers={self.num_layers}), so that one "
+                "layer has experts; lower model.num_dense_layers"
+            )
+
+    def check_groups(self, num_groups: int, num_limited_groups: int, *, least: int) -> None:
+        """Check the groups that selection is limited to.
+
+        Args:
+            num_groups: groups that experts are divided into.
+            num_limited_groups: groups a token may choose experts from.
+            least: experts by which the family scores a group.
+
+        Raises:
+            ValueError: they do not fit the experts.
+        """
+        if self.num_experts % num_groups or self.num_experts < least * num_groups:
+            raise ValueError(
+                f"num_groups={num_groups} must divide num_experts={self.num_experts} into groups of at least "
+                f"{least}; lower model.num_groups"
+            )
+        if num_limited_groups > num_groups:
+            raise ValueError(
+                f"num_limited_groups={num_limited_groups} must be at most num_groups={num_groups}; "
+                "lower model.num_limited_groups"
+            )
+        reachable = self.num_experts // num_groups * num_limited_groups
+        if self.top_k > reachable:
+            raise ValueError(
+                f"top_k={self.top_k} is more than the {reachable} experts of num_limited_groups="
+                f"{num_limited_groups}; lower model.top_k or raise model.num_limited_groups"
+            )
 
     # ---------------------------------------------------------------- division among ranks
 
     def check_parallel(self, degrees: Degrees) -> None:
         """Experts, heads, and the width of each expert where the tensor ranks take it."""
-        for axis, reason in self.refused_axes.items():
-            if (degree := getattr(degrees, axis)) > 1:
-                raise ValueError(
-                    f"parallelism.{_OPTIONS[axis]}={degree}: {self.architecture} cannot be divided so, because "
-                    f"{reason}; set it to 1"
-                )
+        check_axes(degrees, self.refused_axes, self.architecture)
         ModelConfig.check_parallel(self, degrees)
         self.check_divides(_OPTIONS["tp"], degrees.tp, *self.tp_divides)
         self.check_divides(_OPTIONS["etp"], degrees.etp, "expert_hidden_dim")
@@ -182,5 +253,7 @@ class HFModelConfig(ModelConfig):
         config = self.hf_config(self.num_embeddings(vocab_size))
         with torch.device("meta"):
             model: nn.Module = getattr(transformers, self.architecture)(config)
+            if self.mtp is not None:
+                add_mtp(model, self.mtp.num_layers)
         make_buffers(model)
         return model.train()

@@ -187,6 +187,7 @@ def step_line(record: Mapping[str, Any]) -> str:
     parts = [
         f"step: {record['step']}",
         f"loss: {record['loss']:.4f}",
+        *([f"mtp_loss: {record['mtp_loss']:.4f}"] if "mtp_loss" in record else []),
         f"grad_norm: {record['grad_norm']:.2f}",
         f"tps: {record['tokens_per_second']:,.0f}",
         f"maxvio: {fmean(balance['maxvio']):.2f}",
@@ -229,10 +230,16 @@ def layers_line(record: Mapping[str, Any]) -> str:
 def layer_numbers(names: Sequence[str]) -> list[str]:
     """Short names of layers: their numbers in the model, or their places if names have none of their own.
 
+    Layers of multi-token prediction have numbers of their own, ``mtp0`` the first.
+
     Args:
         names: canonical names of routers, such as ``model.layers.3.mlp.gate``.
     """
     found = [next((part for part in name.split(".") if part.isdecimal()), "") for name in names]
+    found = [
+        f"mtp{number}" if name.startswith("mtp.") else number
+        for name, number in zip(names, found, strict=True)
+    ]
     if "" in found or len(set(found)) < len(found):
         return [str(place) for place in range(len(names))]
     return found
@@ -242,21 +249,32 @@ def validation_line(record: Mapping[str, Any]) -> str:
     """The line on stdout of one validation record."""
     domains = "  ".join(f"{name}: {value:.4f}" for name, value in record["domain_loss"].items())
     information = fmean(record["mutual_information"])
-    return (
+    line = (
         f"validation at step {record['step']}: loss: {record['loss']:.4f}  {domains}  mi: {information:.3f}"
     )
+    if "mtp_loss" in record:
+        line += f"  mtp_loss: {record['mtp_loss']:.4f}"
+    for name, values in record.get("modality_maxvio", {}).items():
+        line += f"  maxvio of {name}: {fmean(values):.2f}"
+    return line
 
 
 def scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """Tags and values that TensorBoard shows of one record."""
     if record["event"] == "validation":
         yield "validation/loss", record["loss"]
+        if "mtp_loss" in record:
+            yield "validation/mtp_loss", record["mtp_loss"]
         for domain, value in record["domain_loss"].items():
             yield f"validation/loss/{domain}", value
         yield "validation/mutual_information", fmean(record["mutual_information"])
+        for name, values in record.get("modality_maxvio", {}).items():
+            yield f"validation/maxvio/{name}", fmean(values)
         return
     for name in ("loss", "lr", "grad_norm", "tokens_per_second"):
         yield f"train/{name}", record[name]
+    if "mtp_loss" in record:
+        yield "train/mtp_loss", record["mtp_loss"]
     balance = record["balance"]
     for name in _PER_LAYER:
         for layer, value in enumerate(balance[name] or ()):

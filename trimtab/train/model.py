@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from torch import nn
@@ -16,6 +16,7 @@ from trimtab.bias import BiasRule
 from trimtab.losses import Objective
 from trimtab.parallel.mesh import Degrees
 from trimtab.scale import Accumulation, Order
+from trimtab.train.images import ImageLayout
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,35 +25,48 @@ class Balancing:
 
     Args:
         objectives: balance losses and z-loss, in any number.
+        observe_only: balance nothing, and watch the load all the same; see `off`.
         bias: rule that moves expert biases after each step; None leaves them alone.
         bias_decay: share of the run's steps, at its end, over which the rule's speed falls linearly to 0;
             None keeps the schedule written in ``bias``.
         order: how the microbatches of a step follow each other, as in `Accumulation`. "counting_pass" and
             "forward_first" make counts of the whole step exact, at the cost of one more forward, or of
             holding the activations of all microbatches.
+        visual_tokens: whether the tokens of images are balanced. "count": like any other, because they load
+            experts as any other; "exclude": losses, expert biases and metrics of load are of text alone, and
+            images may load experts as they like.
 
     Raises:
-        ValueError: no objective and no rule, an objective given twice, or a decay without a rule, outside
-            (0, 1], or beside a schedule.
+        ValueError: no objective and no rule, or one beside ``observe_only``; an objective given twice; or a
+            decay without a rule, outside (0, 1], or beside a schedule.
     """
 
     objectives: tuple[Objective.Config, ...] = ()
     bias: BiasRule.Config | None = None
     bias_decay: float | None = None
     order: Order = "alternating"
+    visual_tokens: Literal["count", "exclude"] = "count"
+    observe_only: bool = False
 
     def __post_init__(self) -> None:
         """Validate."""
-        if not self.objectives and self.bias is None:
+        balances = bool(self.objectives) or self.bias is not None
+        if not balances and not self.observe_only:
             raise ValueError(
                 "Balancing() balances nothing; give objectives=(...) or bias=..., or a coefficient of 0 to "
-                "measure a loss without its gradient"
+                "measure a loss without its gradient, or Balancing.off() to watch the load alone"
+            )
+        if balances and self.observe_only:
+            raise ValueError(
+                "observe_only=True balances nothing, and objectives or bias are given; leave one of them out"
             )
         names = [objective.build().name for objective in self.objectives]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"objective {name!r} is given twice; add the coefficients into one")
         Accumulation(order=self.order)
+        if self.visual_tokens not in ("count", "exclude"):
+            raise ValueError(f"visual_tokens={self.visual_tokens!r} must be 'count' or 'exclude'")
         if self.bias_decay is None:
             return
         if self.bias is None:
@@ -64,6 +78,11 @@ class Balancing:
                 f"bias_decay={self.bias_decay} and bias.schedule={self.bias.schedule} both set the speed; "
                 "keep one"
             )
+
+    @staticmethod
+    def off() -> Balancing:
+        """No balancing: loads, MaxVio and what routers do are measured as ever, and nothing is moved."""
+        return Balancing(observe_only=True)
 
     def bias_for(self, num_steps: int) -> BiasRule.Config | None:
         """The rule with its speed scheduled for a run of ``num_steps`` steps."""
@@ -154,6 +173,43 @@ class ModelConfig(ABC):
     def has_expert_bias(self) -> bool:
         """Whether routers have a bias that only selection sees."""
         return False
+
+    @property
+    def directory(self) -> str | None:
+        """Directory that the model is of: its weights are where a run starts, its tokenizer is called "model"."""
+        return None
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether the model has a vision tower."""
+        return False
+
+    def image_layout(self, vocab_size: int) -> ImageLayout:
+        """How the model cuts images, and the tokens that stand for them.
+
+        Args:
+            vocab_size: ids of the tokenizer.
+
+        Raises:
+            ValueError: the model takes no images.
+        """
+        raise ValueError(f"{type(self).__name__} takes no images")
+
+    def check_rows(self, *, packing: bool, compiled: bool) -> None:
+        """Check that the model can be trained on such rows.
+
+        Args:
+            packing: rows hold several documents.
+            compiled: decoder layers are compiled.
+
+        Raises:
+            ValueError: it cannot.
+        """
+
+    @property
+    def num_first_stage_layers(self) -> int:
+        """Decoder layers that the first pipeline stage must have."""
+        return 0
 
     def check_parallel(self, degrees: Degrees) -> None:
         """Check that the model can be divided so. A family adds what it divides besides experts.

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from trimtab.train.images import ImageInputs, Pictures
 from trimtab.train.token_store import TokenStore
 
 IGNORED_LABEL = -100
@@ -34,7 +35,8 @@ class TokenBatch:
         input_ids_BS: (B, S) int64 token ids; padding holds the tokenizer's pad id.
         labels_BS: (B, S) int64, in the convention of Hugging Face models, which shift internally: the same
             positions as `input_ids_BS`, so that logits at t are compared with labels at t + 1. -100 where
-            nothing is predicted: padding, and the first token of each segment.
+            nothing is predicted: padding, the first token of each segment, and in conversations what no
+            assistant said.
         valid_mask_BS: (B, S) bool, True = counts, False = padding.
         position_ids_BS: (B, S) int64, from 0 in each segment. Padding continues the segment before it.
         cu_seqlens_G: (G + 1,) int32 starts of the segments in the flattened B * S tokens, then B * S. Each
@@ -44,6 +46,7 @@ class TokenBatch:
         num_tokens: valid tokens.
         num_label_tokens: labels that are not -100: the terms of the loss.
         num_sequences: segments with at least one valid token.
+        images: of a source with images, those of this microbatch, which may be none; None of text.
     """
 
     input_ids_BS: Tensor
@@ -55,12 +58,13 @@ class TokenBatch:
     num_tokens: int
     num_label_tokens: int
     num_sequences: int
+    images: ImageInputs | None = None
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> TokenBatch:
         """The same microbatch with its tensors on a device."""
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         for name, value in values.items():
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor | ImageInputs):
                 values[name] = value.to(device, non_blocking=non_blocking)
         return TokenBatch(**values)
 
@@ -79,14 +83,21 @@ class Rows:
         ids_BS: (B, S) int64 token ids, 0 for padding.
         starts_BS: (B, S) bool, True at the first token of a document; row starts need not be marked.
         domain_ids_BS: (B, S) int64, -1 for padding.
+        predicted_BS: (B, S) bool, True where a token is a label; the first of a segment never is one.
+        images_BS: (B, S) int64 image that a token stands for, by its number in ``pictures``, else -1; None without
+            images.
+        pictures: the images of the source; None without.
     """
 
     ids_BS: NDArray[np.int64]
     starts_BS: NDArray[np.bool_]
     domain_ids_BS: NDArray[np.int64]
+    predicted_BS: NDArray[np.bool_]
+    images_BS: NDArray[np.int64] | None = None
+    pictures: Pictures | None = None
 
-    def to_batch(self, pad_id: int) -> TokenBatch:
-        """Derive labels, positions and segment bounds."""
+    def to_batch(self, pad_id: int, *, patches: bool = True) -> TokenBatch:
+        """Derive labels, positions and segment bounds; ``patches`` as in `Pictures.to_inputs`."""
         B, S = self.ids_BS.shape
         valid_BS = self.domain_ids_BS >= 0
         starts_BS = self.starts_BS & valid_BS
@@ -94,7 +105,7 @@ class Rows:
         columns_S = np.arange(S, dtype=np.int64)
         first_BS = np.maximum.accumulate(np.where(starts_BS, columns_S, 0), axis=1)
         ids_BS = np.where(valid_BS, self.ids_BS, pad_id)
-        labels_BS = np.where(valid_BS & ~starts_BS, ids_BS, IGNORED_LABEL)
+        labels_BS = np.where(valid_BS & ~starts_BS & self.predicted_BS, ids_BS, IGNORED_LABEL)
         cu_seqlens_G = np.append(np.flatnonzero(starts_BS), B * S).astype(np.int32)
         return TokenBatch(
             input_ids_BS=torch.from_numpy(ids_BS),
@@ -107,7 +118,16 @@ class Rows:
             num_label_tokens=int((labels_BS != IGNORED_LABEL).sum()),
             # A segment's first token is valid unless its row is all padding.
             num_sequences=int((starts_BS & valid_BS).sum()),
+            images=self._images(columns_S - first_BS, valid_BS, patches),
         )
+
+    def _images(
+        self, positions_BS: NDArray[np.int64], valid_BS: NDArray[np.bool_], patches: bool
+    ) -> ImageInputs | None:
+        if self.images_BS is None or self.pictures is None:
+            return None
+        images_BS = np.where(valid_BS, self.images_BS, -1)
+        return self.pictures.to_inputs(images_BS, positions_BS, patches=patches)
 
 
 class RowStream(Protocol):
@@ -158,34 +178,35 @@ class PackedRows:
             stop = min(self._num_tokens, start + end - position)
             pieces.append(self._read_epoch(epoch, start, stop))
             position += stop - start
-        ids, starts, domain_ids = (np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
-        return _rows(ids, starts, domain_ids, S)
+        return _rows(*(np.concatenate(arrays) for arrays in zip(*pieces, strict=True)), seq_len=S)
 
     def read_once(self, first_row: int, num_rows: int) -> Rows:
         """The same rows of epoch 0 alone: what lies beyond its end is padding."""
         start, stop = (
             min(row * self._seq_len, self._num_tokens) for row in (first_row, first_row + num_rows)
         )
-        ids, starts, domain_ids = self._read_epoch(0, start, stop)
+        ids, starts, domain_ids, predicted = self._read_epoch(0, start, stop)
         padding = num_rows * self._seq_len - len(ids)
         return _rows(
             np.pad(ids, (0, padding)),
             np.pad(starts, (0, padding)),
             np.pad(domain_ids, (0, padding), constant_values=-1),
-            self._seq_len,
+            np.pad(predicted, (0, padding)),
+            seq_len=self._seq_len,
         )
 
     def _read_epoch(
         self, epoch: int, start: int, stop: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64]]:
-        """Ids, document starts and domains of tokens [start, stop) of an epoch."""
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64], NDArray[np.bool_]]:
+        """Ids, document starts, domains and what is a label, of tokens [start, stop) of an epoch."""
         order_D, bounds_D = self._layout(epoch)
         positions = np.arange(start, stop, dtype=np.int64)
         slots = np.searchsorted(bounds_D, positions, side="right") - 1
         documents = order_D[slots]
         offsets = positions - bounds_D[slots]
-        ids = self._store.tokens_N[self._store.offsets_D[documents] + offsets].astype(np.int64)
-        return ids, offsets == 0, self._store.domain_ids_D[documents]
+        places = self._store.offsets_D[documents] + offsets
+        ids = self._store.tokens_N[places].astype(np.int64)
+        return ids, offsets == 0, self._store.domain_ids_D[documents], self._store.predicted(places)
 
     def _layout(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Order of the documents in an epoch and the position of each one's first token."""
@@ -235,13 +256,7 @@ class PaddedRows:
 
     def read_once(self, first_row: int, num_rows: int) -> Rows:
         """The same rows of epoch 0 alone: what lies beyond its end is padding."""
-        rows = self._read_chunks(self._order(0)[first_row : first_row + num_rows])
-        padding = ((0, num_rows - len(rows.ids_BS)), (0, 0))
-        return Rows(
-            ids_BS=np.pad(rows.ids_BS, padding),
-            starts_BS=np.pad(rows.starts_BS, padding),
-            domain_ids_BS=np.pad(rows.domain_ids_BS, padding, constant_values=-1),
-        )
+        return pad_rows(self._read_chunks(self._order(0)[first_row : first_row + num_rows]), num_rows)
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
         if epoch not in self._orders:
@@ -258,7 +273,23 @@ class PaddedRows:
             ids_BS=np.where(valid_BS, self._store.tokens_N[index_BS], 0).astype(np.int64),
             starts_BS=np.zeros_like(valid_BS),
             domain_ids_BS=np.where(valid_BS, domain_ids_B[:, None], -1),
+            predicted_BS=self._store.predicted(index_BS),
+            images_BS=self._store.images(index_BS),
+            pictures=self._store.pictures,
         )
+
+
+def pad_rows(rows: Rows, num_rows: int) -> Rows:
+    """Rows, and rows of padding below them so that there are ``num_rows``."""
+    padding = ((0, num_rows - len(rows.ids_BS)), (0, 0))
+    return Rows(
+        ids_BS=np.pad(rows.ids_BS, padding),
+        starts_BS=np.pad(rows.starts_BS, padding),
+        domain_ids_BS=np.pad(rows.domain_ids_BS, padding, constant_values=-1),
+        predicted_BS=np.pad(rows.predicted_BS, padding),
+        images_BS=None if rows.images_BS is None else np.pad(rows.images_BS, padding, constant_values=-1),
+        pictures=rows.pictures,
+    )
 
 
 def join_rows(parts: Sequence[Rows]) -> Rows:
@@ -267,7 +298,15 @@ def join_rows(parts: Sequence[Rows]) -> Rows:
         ids_BS=np.concatenate([part.ids_BS for part in parts]),
         starts_BS=np.concatenate([part.starts_BS for part in parts]),
         domain_ids_BS=np.concatenate([part.domain_ids_BS for part in parts]),
+        predicted_BS=np.concatenate([part.predicted_BS for part in parts]),
+        images_BS=_stacked([part.images_BS for part in parts]),
+        pictures=parts[0].pictures,
     )
+
+
+def _stacked(parts: Sequence[NDArray[np.int64] | None]) -> NDArray[np.int64] | None:
+    arrays = [part for part in parts if part is not None]
+    return np.concatenate(arrays) if arrays else None
 
 
 def shuffled(*key: int) -> Permute:
@@ -291,10 +330,16 @@ def random_words(n: int, *key: int) -> NDArray[np.uint64]:
 
 
 def _rows(
-    ids: NDArray[np.int64], starts: NDArray[np.bool_], domain_ids: NDArray[np.int64], seq_len: int
+    ids: NDArray[np.int64],
+    starts: NDArray[np.bool_],
+    domain_ids: NDArray[np.int64],
+    predicted: NDArray[np.bool_],
+    *,
+    seq_len: int,
 ) -> Rows:
     return Rows(
         ids_BS=ids.reshape(-1, seq_len),
         starts_BS=starts.reshape(-1, seq_len),
         domain_ids_BS=domain_ids.reshape(-1, seq_len),
+        predicted_BS=predicted.reshape(-1, seq_len),
     )

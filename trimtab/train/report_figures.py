@@ -15,11 +15,12 @@ Legend: S steps, L MoE layers, E experts, D domains.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from trimtab.train.report_chart import Chart, Section
+from trimtab.train.report_comparison import before_and_after, comparison_sections
 from trimtab.train.report_log import Array, RunLog, as_list, as_mapping, as_number
 from trimtab.train.report_series import (
     extreme_indices,
@@ -33,27 +34,6 @@ from trimtab.train.report_series import (
 
 MAX_POINTS = 1_200
 MAX_LAYER_POINTS = 400
-
-
-@dataclass(kw_only=True, slots=True)
-class Chart:
-    """One chart: what the reader reads (title, hint) and what the page draws (kind, data)."""
-
-    title: str
-    hint: str
-    kind: str
-    data: dict[str, Any]
-    wide: bool = False
-
-
-@dataclass(kw_only=True, slots=True)
-class Section:
-    """One heading of the report; without charts it is left out, and ``empty`` says why in the details."""
-
-    id: str
-    title: str
-    empty: str
-    charts: list[Chart] = field(default_factory=list)
 
 
 def _line(name: str, series: tuple[Array, Array], style: str = "line") -> dict[str, Any]:
@@ -114,18 +94,24 @@ def build_sections(log: RunLog) -> tuple[list[Section], dict[str, Any]]:
         stacked = store.stacked()
         if stacked is not None:
             tables[name] = {"x": stacked[0], "values": pack_uint16(stacked[1])}
-    if log.domain_load is not None:
-        step, domains, loads = log.domain_load
-        with np.errstate(all="ignore"):
-            loads = loads * loads.shape[2] / np.nansum(loads, axis=2, keepdims=True)
-        tables["domains"] = {"step": step, "domains": domains, "values": pack_uint16(loads)}
+    for name, found in (("domains", log.domain_load), ("modalities", log.modality_load)):
+        if found is not None:
+            step, domains, loads = found
+            with np.errstate(all="ignore"):
+                loads = loads * loads.shape[2] / np.nansum(loads, axis=2, keepdims=True)
+            tables[name] = {"step": step, "domains": domains, "values": pack_uint16(loads)}
+    compared = before_and_after(log)
+    if compared is not None:
+        tables["compared"] = {"x": [0, compared[0]], "values": pack_uint16(compared[1])}
     sections = [
         _loss_section(log),
+        *comparison_sections(compared),
         _load_section(tables),
         _balance_section(log),
         _objective_section(log),
         _bias_section(log, tables),
         _domain_section(log, tables),
+        _modality_section(log, tables),
         _router_section(log),
         _optimiser_section(log),
     ]
@@ -346,6 +332,32 @@ def _domain_section(log: RunLog, tables: dict[str, Any]) -> Section:
                 y="nats per token",
             )
         )
+    return section
+
+
+def _modality_section(log: RunLog, tables: dict[str, Any]) -> Section:
+    section = Section(id="modalities", title="Text and images", empty="The run had no images.")
+    if "modalities" not in tables:
+        return section
+    section.charts.append(
+        Chart(
+            title=f"Load of text and of images, validation at step {tables['modalities']['step']:,}",
+            hint="An expert's share of a modality's tokens against a uniform share, log₂ scale. Rows that "
+            "differ are experts of one modality; an orange one in a row of images waits for images alone.",
+            kind="domains",
+            data={"table": "modalities", "scale": "load"},
+            wide=True,
+        )
+    )
+    for name in tables["modalities"]["domains"]:
+        chart = _layers_chart(
+            f"MaxVio of {name}",
+            "Largest load of an expert by this modality's tokens above the mean, less 1: 0 is an even load.",
+            layer_series(log.validations, "modality_maxvio", name),
+            reference=0,
+        )
+        if chart is not None:
+            section.charts.append(chart)
     return section
 
 

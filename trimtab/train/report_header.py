@@ -143,6 +143,10 @@ def _setup(log: RunLog) -> dict[str, str]:
     start = log.start
     num_layers, num_experts = len(layer_names(log)), _num_experts(log)
     top_k, parameters = as_number(start.get("top_k")), as_number(start.get("num_parameters"))
+    trained = as_number(start.get("num_trained"))
+    size = _short(parameters) if parameters > 0 else ""
+    if size and 0 < trained < parameters:
+        size += f", {_short(trained)} trained"
     moe = ""
     if num_layers:
         moe = f"{num_layers} {'layer' if num_layers == 1 else 'layers'}"
@@ -159,7 +163,8 @@ def _setup(log: RunLog) -> dict[str, str]:
         started = datetime.fromisoformat(started).strftime("%Y-%m-%d %H:%M %Z").strip()
     return {
         "MoE": moe,
-        "Parameters": _short(parameters) if parameters > 0 else "",
+        "Parameters": size,
+        "Started from": str(start.get("initial") or ""),
         "Objectives": ", ".join(objectives) or ("none" if "objectives" in start else ""),
         "Expert bias": f"{start['bias_rule']} rule" if start.get("bias_rule") else ("none" if start else ""),
         "Domains": ", ".join(str(domain) for domain in as_list(start.get("domains"))),

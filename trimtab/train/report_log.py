@@ -89,10 +89,12 @@ class RunLog:
         end: the last end record, None while the run has not ended since its last start.
         num_starts: 1 for a run that was never resumed.
         steps: step records by step, in order, without the tables below.
-        validations: validation records by step, in order, without ``domain_load``.
+        validations: validation records by step, in order, without ``domain_load`` and ``modality_load``.
         load: (L, E) expert loads over steps.
         bias: (L, E) expert biases over steps.
         domain_load: step, domain names and their (D, L, E) loads at the newest validation that has them.
+        modality_load: likewise of text and images.
+        load_before: (L, E) load of all domains before the first step, of a run that starts from given weights.
         notes: sentences for the reader about lines that could not be used.
     """
 
@@ -104,6 +106,8 @@ class RunLog:
     load: FrameStore = field(default_factory=FrameStore)
     bias: FrameStore = field(default_factory=FrameStore)
     domain_load: tuple[int, list[str], Array] | None = None
+    modality_load: tuple[int, list[str], Array] | None = None
+    load_before: Array | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -255,13 +259,24 @@ def _compact(node: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _add_validation(log: RunLog, step: int, record: dict[str, Any]) -> None:
-    tables = {str(name): as_table(value) for name, value in as_mapping(record.get("domain_load")).items()}
+    log.domain_load = _stacked(step, record.get("domain_load")) or log.domain_load
+    if step == 0 and log.domain_load is not None:
+        log.load_before = log.domain_load[2].sum(axis=0)
+    log.modality_load = _stacked(step, record.get("modality_load")) or log.modality_load
+    log.validations[step] = {
+        name: value for name, value in record.items() if name not in ("domain_load", "modality_load")
+    }
+
+
+def _stacked(step: int, loads: Any) -> tuple[int, list[str], Array] | None:
+    """The step, names and their loads; None where none can be used."""
+    tables = {str(name): as_table(value) for name, value in as_mapping(loads).items()}
     usable = {name: table for name, table in tables.items() if table is not None}
-    if usable:
-        shape = next(iter(usable.values())).shape
-        usable = {name: table for name, table in usable.items() if table.shape == shape}
-        log.domain_load = (step, list(usable), np.stack(list(usable.values())))
-    log.validations[step] = {name: value for name, value in record.items() if name != "domain_load"}
+    if not usable:
+        return None
+    shape = next(iter(usable.values())).shape
+    usable = {name: table for name, table in usable.items() if table.shape == shape}
+    return step, list(usable), np.stack(list(usable.values()))
 
 
 def _forget_from(log: RunLog, step: int) -> None:
@@ -271,3 +286,5 @@ def _forget_from(log: RunLog, step: int) -> None:
     log.bias.drop_from(step)
     if log.domain_load is not None and log.domain_load[0] >= step:
         log.domain_load = None
+    if log.modality_load is not None and log.modality_load[0] >= step:
+        log.modality_load = None

@@ -336,9 +336,49 @@
     }), config);
   }
 
+  // Two tables of one shape, in one picture: beside each other, or wide ones under each other.
+  function drawCompared(chart, plot, controls) {
+    const table = tables[chart.table], [, layers, experts] = table.shape;
+    const reach = reachOf(table), stacked = experts > 32 || plot.clientWidth < 640;
+    const titles = [`before: step ${table.x[0].toLocaleString("en")}`, `after: step ${table.x[1].toLocaleString("en")}`];
+    colourLegend(controls, chart.scale, reach);
+    const ticks = layerTick.map((_, i) => i).filter((i) => layers <= 40 || i % 4 === 0);
+    const each = Math.min(620, Math.max(70, layers * (layers > 12 ? 15 : 30)));
+    const height = stacked ? 2 * each + 150 : each + 92;
+    const more = { annotations: [] };
+    const gap = stacked ? 74 / (height - 60) : 0.03;
+    const traces = titles.map((title, i) => {
+      const axes = i ? "2" : "", low = i ? 0.5 + gap / 2 : 0, high = i ? 1 : 0.5 - gap / 2;
+      const own = stacked ? [1 - high, 1 - low] : [low, high];
+      more[`xaxis${axes}`] = axis("expert", { showgrid: false, zeroline: false, anchor: `y${axes}`, domain: stacked ? [0, 1] : own });
+      more[`yaxis${axes}`] = axis(numbered && (stacked || !i) ? "layer" : "", { autorange: "reversed", showgrid: false, zeroline: false,
+        anchor: `x${axes}`, domain: stacked ? own : [0, 1], tickvals: ticks, ticktext: ticks.map((l) => layerTick[l]) });
+      more.annotations.push({ text: title, showarrow: false, xref: "paper", yref: "paper", xanchor: "left", yanchor: "bottom",
+        x: stacked ? 0 : own[0], y: stacked ? own[1] : 1, font: { size: 13, color: theme().text } });
+      const values = slice(table, layers, experts, (l, e) => (i * layers + l) * experts + e);
+      const other = slice(table, layers, experts, (l, e) => ((1 - i) * layers + l) * experts + e);
+      const trace = { ...heatmap(undefined, undefined, values, chart.scale, reach, "%{text}"), xaxis: `x${axes}`, yaxis: `y${axes}` };
+      const share = (value) => (value === null ? "–" : value.toFixed(2));
+      trace.text = values.map((row, l) => row.map((value, e) =>
+        `${plain(run.layers[l] ?? `layer ${l}`)} · expert ${e}<br>${i ? "before" : "after"}: ${share(other[l][e])}×`));
+      return trace;
+    });
+    return Plotly.react(plot, traces, { ...layout(height, more), margin: { l: 52, r: 14, t: 34, b: 42 } }, config);
+  }
+
+  function drawBars(chart, plot, controls) {
+    const { series, muted } = theme();
+    const traces = chart.bars.map((bar, i) => ({ type: "bar", name: plain(bar.name), chip: bar.name, x: layerTick, y: bar.y,
+      color: i ? series[1] : muted, marker: { color: i ? series[1] : muted }, hovertemplate: "%{y:.3f}" }));
+    chips(controls, plot, traces);
+    return Plotly.react(plot, traces, layout(260, { hovermode: "x unified", barmode: "group", bargap: layerTick.length < 7 ? 0.7 : 0.35,
+      xaxis: axis(numbered ? "layer" : "", { type: "category", showgrid: false, autotickangles: [0, 90] }), yaxis: axis(plain(chart.y), { rangemode: "tozero" }) }), config);
+  }
+
   // ---- page ---------------------------------------------------------------------------------------------
 
-  const DRAW = { lines: drawLines, layers: drawLayers, frames: drawFrames, experts: drawExperts, domains: drawDomains };
+  const DRAW = { lines: drawLines, layers: drawLayers, frames: drawFrames, experts: drawExperts, domains: drawDomains,
+    compared: drawCompared, bars: drawBars };
 
   async function drawAll() {
     onLayer.length = 0;

@@ -6,10 +6,11 @@ in the middle of a run.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,23 @@ class SourceFile:
     path: Path
     domain: str
     name: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Record:
+    """One object of a `.jsonl` file, or row of a `.parquet` file.
+
+    Args:
+        values: its fields.
+        domain: what it belongs to: its own domain, or that of its file.
+        name: identifies it within the sources; does not depend on where the data lie.
+        place: file and line or row, for messages.
+    """
+
+    values: Mapping[str, Any]
+    domain: str
+    name: str
+    place: str
 
 
 def find_files(sources: Sequence[str]) -> list[SourceFile]:
@@ -96,6 +114,40 @@ def read_documents(
             raise ValueError(f"{file.path} is empty: expected at least one text; remove it from the sources")
 
 
+def read_records(
+    sources: Sequence[str], *, field: str, optional: Sequence[str] = (), domain_field: str = "domain"
+) -> Iterator[Record]:
+    """Stream the records of `.jsonl` and `.parquet` files; see `find_files` for the order and the domains.
+
+    Args:
+        sources: files, directories or `domain=path`.
+        field: field or column that every record has.
+        optional: further ones to read where they exist.
+        domain_field: optional field or column that holds the record's domain.
+
+    Yields:
+        Records, each with ``field``.
+
+    Raises:
+        ValueError: a file can not be read, is empty or is `.txt`, or a record is not what is expected; the
+            message names the file and the line or row.
+    """
+    for file in find_files(sources):
+        if file.path.suffix == ".txt":
+            raise ValueError(
+                f"{file.path}: expected records with a field {field!r}, which .txt does not hold; give .jsonl or "
+                ".parquet files"
+            )
+        empty = True
+        for record in _records(file, field, domain_field, optional):
+            empty = False
+            yield record
+        if empty:
+            raise ValueError(
+                f"{file.path} is empty: expected at least one record; remove it from the sources"
+            )
+
+
 def _find(source: str) -> list[SourceFile]:
     domain, separator, rest = source.partition("=")
     path = Path(source).expanduser()
@@ -153,17 +205,31 @@ def _stem(path: Path) -> str:
 
 
 def _read(file: SourceFile, text_field: str, domain_field: str) -> Iterator[Document]:
-    try:
-        if file.path.suffix == ".txt":
-            yield Document(
-                text=_decode(file.path.read_bytes(), file.path), domain=file.domain, name=file.name
-            )
-        elif file.path.suffix == ".jsonl":
-            yield from _read_jsonl(file, text_field, domain_field)
+    if file.path.suffix == ".txt":
+        with _readable(file.path):
+            text = _decode(file.path.read_bytes(), file.path)
+        yield Document(text=text, domain=file.domain, name=file.name)
+        return
+    for record in _records(file, text_field, domain_field):
+        yield _document(record, text_field)
+
+
+def _records(
+    file: SourceFile, field: str, domain_field: str, optional: Sequence[str] = ()
+) -> Iterator[Record]:
+    with _readable(file.path):
+        if file.path.suffix == ".jsonl":
+            yield from _read_jsonl(file, field, domain_field)
         else:
-            yield from _read_parquet(file, text_field, domain_field)
+            yield from _read_parquet(file, field, domain_field, optional)
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        raise ValueError(f"{file.path} can not be read ({error}); check its permissions") from error
+        raise ValueError(f"{path} can not be read ({error}); check its permissions") from error
 
 
 def _decode(encoded: bytes, place: object) -> str:
@@ -176,7 +242,7 @@ def _decode(encoded: bytes, place: object) -> str:
         ) from error
 
 
-def _read_jsonl(file: SourceFile, text_field: str, domain_field: str) -> Iterator[Document]:
+def _read_jsonl(file: SourceFile, field: str, domain_field: str) -> Iterator[Record]:
     with file.path.open("rb") as lines:
         for number, encoded in enumerate(lines, start=1):
             place = f"{file.path}, line {number}"
@@ -188,17 +254,19 @@ def _read_jsonl(file: SourceFile, text_field: str, domain_field: str) -> Iterato
             except ValueError as error:
                 raise ValueError(
                     f"{place}: broken JSON ({error}), expected one object per line such as "
-                    f'{{"{text_field}": "..."}}; repair or delete the line'
+                    f"{_example(field)}; repair or delete the line"
                 ) from error
             if not isinstance(record, dict):
                 raise ValueError(
                     f"{place}: expected one object per line such as "
-                    f'{{"{text_field}": "..."}}, got {type(record).__name__}; repair or delete the line'
+                    f"{_example(field)}, got {type(record).__name__}; repair or delete the line"
                 )
-            yield _document(record, file, place, f"{file.name}:{number}", text_field, domain_field)
+            yield _record(record, file, place, f"{file.name}:{number}", field, domain_field)
 
 
-def _read_parquet(file: SourceFile, text_field: str, domain_field: str) -> Iterator[Document]:
+def _read_parquet(
+    file: SourceFile, field: str, domain_field: str, optional: Sequence[str]
+) -> Iterator[Record]:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -210,45 +278,64 @@ def _read_parquet(file: SourceFile, text_field: str, domain_field: str) -> Itera
     try:
         with pq.ParquetFile(file.path) as table:
             columns = table.schema_arrow.names
-            _check_field(columns, text_field, file.path)
-            wanted = [name for name in (text_field, domain_field) if name in columns]
+            _check_field(columns, field, file.path)
+            wanted = [name for name in (field, domain_field, *optional) if name in columns]
             for batch in table.iter_batches(batch_size=_PARQUET_BATCH_ROWS, columns=wanted):
                 for record in batch.to_pylist():
                     row += 1
                     place = f"{file.path}, row {row}"
-                    yield _document(record, file, place, f"{file.name}:{row}", text_field, domain_field)
+                    yield _record(record, file, place, f"{file.name}:{row}", field, domain_field)
     except pa.ArrowException as error:
         raise ValueError(f"{file.path} is not a readable parquet file ({error}); write it again") from error
 
 
-def _check_field(fields: Sequence[str], text_field: str, place: object) -> None:
-    if text_field not in fields:
+def _example(field: str) -> str:
+    value = '[{"role": "user", "content": "..."}, ...]' if field == "messages" else '"..."'
+    return f'{{"{field}": {value}}}'
+
+
+def _check_field(fields: Sequence[str], field: str, place: object) -> None:
+    if field not in fields:
         raise ValueError(
-            f"{place}: no field {text_field!r}, it has {sorted(fields)}; set text_field to the one "
-            f"that holds the text"
+            f"{place}: no field {field!r}, it has {sorted(fields)}; set text_field (for conversations "
+            "chat.messages_field) to the one that is meant"
         )
 
 
-def _document(
-    record: dict[str, Any], file: SourceFile, place: str, name: str, text_field: str, domain_field: str
-) -> Document:
-    _check_field(list(record), text_field, place)
-    text, domain = record[text_field], record.get(domain_field)
-    if not isinstance(text, str):
-        raise ValueError(
-            f"{place}: field {text_field!r} must be a string, got {type(text).__name__}; repair or "
-            f"delete the record"
-        )
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{place}: field {text_field!r} holds half of a surrogate pair (\\ud800 to \\udfff), which is "
-            f"no text; repair or delete the record"
-        ) from error
+def _record(
+    values: dict[str, Any], file: SourceFile, place: str, name: str, field: str, domain_field: str
+) -> Record:
+    _check_field(list(values), field, place)
+    domain = values.get(domain_field)
     if domain is not None and (not isinstance(domain, str) or not domain):
         raise ValueError(
             f"{place}: field {domain_field!r} must be a string that is not empty, got {domain!r}; "
             f"repair it or leave it out"
         )
-    return Document(text=text, domain=domain or file.domain, name=name)
+    return Record(values=values, domain=domain or file.domain, name=name, place=place)
+
+
+def _document(record: Record, text_field: str) -> Document:
+    text, place = record.values[text_field], record.place
+    if not isinstance(text, str):
+        raise ValueError(
+            f"{place}: field {text_field!r} must be a string, got {type(text).__name__}; repair or "
+            f"delete the record"
+        )
+    check_text(text, f"{place}: field {text_field!r}")
+    return Document(text=text, domain=record.domain, name=record.name)
+
+
+def check_text(text: str, place: str) -> None:
+    """Check that a string is text.
+
+    Raises:
+        ValueError: it holds half of a surrogate pair, which JSON can write.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{place} holds half of a surrogate pair (\\ud800 to \\udfff), which is "
+            f"no text; repair or delete the record"
+        ) from error

@@ -54,7 +54,8 @@ class TokenizerConfig:
 
     Args:
         name: "byte", or a path to a `tokenizer.json`, or a directory or hub id that
-            `transformers.AutoTokenizer.from_pretrained` loads. A file called "byte" is "./byte".
+            `transformers.AutoTokenizer.from_pretrained` loads; "model" is the directory of a model that has
+            one (``model.path``). A file called "byte" is "./byte".
         eos_token: the token that closes a document, where the tokenizer declares none or another is meant.
         revision: commit or branch of a hub id.
 
@@ -87,6 +88,11 @@ class TokenizerConfig:
         """
         if self.name == "byte":
             return ByteTokenizer()
+        if self.name == "model":
+            raise ValueError(
+                "tokenizer name='model' is that of the model's directory, and the model has none; give "
+                "--model.path with --module pretrained, or another name"
+            )
         return _load_hugging_face(self)
 
 
@@ -225,7 +231,12 @@ def _declared_specials(path: Path) -> dict[str, str]:
     return found
 
 
-def _from_pretrained(config: TokenizerConfig) -> HuggingFaceTokenizer:
+def load_pretrained(config: TokenizerConfig) -> Any:
+    """transformers' own tokenizer of a directory or hub id.
+
+    Raises:
+        ValueError: it can not be loaded.
+    """
     try:
         from transformers import AutoTokenizer
     except ImportError as error:
@@ -233,12 +244,16 @@ def _from_pretrained(config: TokenizerConfig) -> HuggingFaceTokenizer:
             f"tokenizer name={config.name!r} needs the package transformers; {_INSTALL}"
         ) from error
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(config.name, revision=config.revision or "main")
+        return AutoTokenizer.from_pretrained(config.name, revision=config.revision or "main")
     except Exception as error:  # every cause (no network, no such id, broken files) has its own class
         raise ValueError(
             f"tokenizer name={config.name!r} could not be loaded: {error}; "
             f"give 'byte', an existing tokenizer.json or directory, or a hub id that this machine can reach"
         ) from error
+
+
+def _from_pretrained(config: TokenizerConfig) -> HuggingFaceTokenizer:
+    tokenizer = load_pretrained(config)
     eos_id = tokenizer.eos_token_id
     if config.eos_token is not None:
         eos_id = tokenizer.get_vocab().get(config.eos_token)

@@ -29,8 +29,8 @@ _ADJOINT: dict[Operation, Operation] = {
 }
 _WEIGHTS = {"fsdp": "weights", "dp_cp": "attention heads' weights", "efsdp": "experts' weights"}
 _INT64 = _FLOAT64 = 8
-# Of a microbatch: tokens, sequences, documents. Of a step: those, and labels.
-_NUM_SIZES, _NUM_TOTALS = 3, 4
+# Of a microbatch: tokens, sequences, documents. Of a step: those, tokens that balancing counts, and labels.
+_NUM_SIZES, _NUM_TOTALS = 3, 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +143,10 @@ def _parameters(engine: Engine, part: Part) -> Iterator[Collective]:
         if group.num_shards > 1:
             yield _times(num_gathers, group.axis, "all_gather", weights, group.whole_bytes)
             # Gradients are added up over microbatches before they are summed over ranks.
-            yield _times(1, group.axis, "reduce_scatter", gradients, group.whole_bytes)
-        if group.num_replicas > 1:
-            yield _times(1, "dp_replicate", "all_reduce", gradients, group.shard_bytes)
+            if group.trained_bytes:
+                yield _times(1, group.axis, "reduce_scatter", gradients, group.whole_gradient_bytes)
+        if group.num_replicas > 1 and group.trained_bytes:
+            yield _times(1, "dp_replicate", "all_reduce", gradients, group.trained_bytes)
 
 
 # -------------------------------------------------------------------- activations
@@ -264,7 +265,12 @@ def _counts(engine: Engine, part: Part) -> Iterator[Collective]:
 def _loop(engine: Engine) -> Iterator[Collective]:
     assert engine.mesh is not None
     if engine.mesh.group("tokens") is not None:
-        yield _times(1, "tokens", "all_reduce", "sizes of the step", _NUM_TOTALS * _INT64)
+        # Of multi-token prediction, label tokens of each depth.
+        num_totals = _NUM_TOTALS + engine.num_losses - 1
+        yield _times(1, "tokens", "all_reduce", "sizes of the step", num_totals * _INT64)
+    for num_bytes in () if engine.shared is None else engine.shared.messages():
+        yield _times(1, "pp", "send", "gradients that stages share", num_bytes)
     yield _times(1, "world", "all_reduce", "gradient norm", _FLOAT64)
-    # The loss, and whether either of two signals has reached a rank.
-    yield _times(1, "world", "all_reduce", "loss and signals", 3 * _FLOAT64)
+    # The loss, that of multi-token prediction, and whether either of two signals has reached a rank.
+    num_told = min(engine.num_losses, 2) + 2
+    yield _times(1, "world", "all_reduce", "loss and signals", num_told * _FLOAT64)

@@ -23,20 +23,28 @@ import torch
 import torch.distributed as dist
 
 from trimtab.balancer import Balancer
+from trimtab.integrations.lora import is_adapter
 from trimtab.parallel.fsdp import clip_gradients
 from trimtab.parallel.mesh import Mesh
 from trimtab.parallel.placements import local
 from trimtab.train.checkpoint import Checkpointer, CheckpointError, locate
+from trimtab.train.checkpoint_state import LocalState
 from trimtab.train.compute import check_precision, find_device
 from trimtab.train.config import TrainConfig, differences, to_dict
 from trimtab.train.distributed import is_first_rank, on_first_rank, start_process_group, world_size
 from trimtab.train.engine import Engine
 from trimtab.train.environment import describe_environment
 from trimtab.train.evaluation import evaluate
+from trimtab.train.hf_checkpoint import check_initial, read_initial
+from trimtab.train.hf_export import describe_model, save_adapter
+from trimtab.train.initial_weights import draw_weights
 from trimtab.train.logging import MetricsLog, RunConsole, layers_line, step_line, validation_line
+from trimtab.train.mtp import mtp_of
 from trimtab.train.stages import gather_stages, join_metrics
 
 _STATE_VERSION = 1
+# Within a run's directory: its adapter, as peft reads it.
+ADAPTER_FOLDER = "adapter"
 
 
 class TrainingError(RuntimeError):
@@ -87,9 +95,14 @@ class Trainer:
         self.device = start_process_group(device.type, config.training.timeout_seconds)
         self.mesh = Mesh(run.degrees, device.type) if world_size() > 1 else None
         self.run_dir, checkpoint = on_first_rank(self._locate_run)
+        initial = None if checkpoint is not None else config.checkpoint.initial
+        if initial is not None:
+            on_first_rank(lambda: check_initial(Path(initial)))
         # Text is checked before anything is written: a mistyped path must not leave a run directory.
         data_rank = 0 if self.mesh is None else self.mesh.rank("data")
-        self.loader = config.build_loader(run, data_rank=data_rank)
+        plan = run.pipeline
+        stages = (0,) if plan is None or self.mesh is None else plan.stages_of(self.mesh.rank("pp"))
+        self.loader = config.build_loader(run, data_rank=data_rank, stages=stages)
         random.seed(config.training.seed)
         np.random.seed(config.training.seed % 2**32)
         self.engine = Engine(
@@ -98,18 +111,25 @@ class Trainer:
             mesh=self.mesh,
             device=self.device,
             vocab_size=self.loader.tokenizer.vocab_size,
-            draw=checkpoint is None,
+            draw=checkpoint is None and initial is None,
         )
         self.optimizer = config.optimizer.build(self.engine.parameters())
         self.checkpointer = Checkpointer(self.run_dir, keep=config.checkpoint.keep)
         if checkpoint is not None:
             self._load(checkpoint)
+        elif initial is not None:
+            modules = self.engine.modules
+            state = LocalState(modules, self.optimizer)
+            read_initial(Path(initial), modules, state.model, allow_changes=config.checkpoint.allow_changes)
+            state.spread()
+            draw_weights(modules, seed=config.training.seed, wanted=is_adapter)
         self.console = RunConsole(quiet=quiet, progress=config.metrics.progress)
         self._signal: int | None = None  # that this process has received
         self._agreed: int | None = None  # that some process had received, as all know
         self._stopping = False
         self.log: MetricsLog | None = None
         self._saved_step = self.step
+        self._initial = initial
 
     @property
     def model(self) -> Any:
@@ -139,6 +159,7 @@ class Trainer:
         try:
             with self.engine.settings():
                 self._loop()
+            self._save_adapter()
             status = "interrupted" if self._stopping else "finished"
         except KeyboardInterrupt:
             status = "interrupted"
@@ -158,6 +179,8 @@ class Trainer:
 
     def _loop(self) -> None:
         config = self.config
+        if config.validation.enable and self._initial is not None and self.step == 0:
+            self._validate()  # what the given weights are like, for the report to compare
         steps, since, tokens = config.training.steps, time.perf_counter(), 0
         while self.step < steps and not self._stopping:
             started = time.perf_counter()
@@ -200,11 +223,19 @@ class Trainer:
         lr = config.optimizer.lr * config.lr_scheduler.factor(self.step + 1, config.training.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        loss = engine.train_step(batches, totals)
+        mtp = mtp_of(config.model)
+        losses = {
+            "loss": engine.train_step(
+                batches, totals, mtp_coef=None if mtp is None else mtp.coef_at(self.step)
+            )
+        }
+        if engine.mtp_loss is not None:
+            losses["mtp_loss"] = engine.mtp_loss
         max_norm = math.inf if config.training.max_norm is None else config.training.max_norm
-        grad_norm = clip_gradients(engine.parameters(), max_norm, self.mesh)
+        grad_norm = clip_gradients(engine.parameters(), max_norm, self.mesh, copies=engine.copies)
         # One wait for the device in each step: an update with a bad gradient could not be taken back.
-        numbers = {"loss": self._agree(float(loss)), "grad_norm": float(grad_norm)}
+        numbers = self._agree({name: float(loss) for name, loss in losses.items()})
+        numbers["grad_norm"] = float(grad_norm)
         if not all(map(math.isfinite, numbers.values())):
             raise TrainingError(self._not_finite(numbers))
         self.optimizer.step()
@@ -213,18 +244,20 @@ class Trainer:
             balancer.step()
         return {**numbers, "lr": lr, "num_tokens": totals["num_tokens"]}
 
-    def _agree(self, loss: float) -> float:
-        """The loss of all ranks; and whether a signal has reached one of them, so that all stop after this step."""
+    def _agree(self, losses: dict[str, float]) -> dict[str, float]:
+        """Losses of all ranks; and whether a signal has reached one of them, so that all stop after this step."""
         signals = (signal.SIGINT, signal.SIGTERM)
-        told = torch.tensor([loss, *(float(self._signal == name) for name in signals)], dtype=torch.float64)
+        reached_here = [float(self._signal == name) for name in signals]
+        told = torch.tensor([*losses.values(), *reached_here], dtype=torch.float64)
         if self.mesh is not None:
             told = told.to(self.device)
             dist.all_reduce(told)
-        total, *reached = told.tolist()
+        values = told.tolist()
+        totals, reached = dict(zip(losses, values, strict=False)), values[len(losses) :]
         # Not self._signal: one that has come since is not known to the others, who would go on without this rank.
         self._agreed = next((name for name, number in zip(signals, reached, strict=True) if number), None)
         self._stopping = self._agreed is not None
-        return float(total)
+        return totals
 
     def _balance(self) -> dict[str, Any]:
         """Metrics of all layers, whichever ranks hold them."""
@@ -289,7 +322,12 @@ class Trainer:
         balancing, model = self.config.model.balancing, self.config.model
         own = {
             part.stage: (
-                sum(parameter.numel() for parameter in part.module.parameters()),
+                sum(p.numel() for p in part.module.parameters() if p not in self.engine.copies),
+                sum(
+                    p.numel()
+                    for p in part.module.parameters()
+                    if p.requires_grad and p not in self.engine.copies
+                ),
                 [router.canonical_name for router in part.routers],
             )
             for part in self.engine.parts
@@ -301,8 +339,10 @@ class Trainer:
             "event": "start",
             "time": _now(),
             "model": self.name,
-            "num_parameters": sum(number for number, _ in stages),
-            "layers": [name for _, names in stages for name in names],
+            "num_parameters": sum(number for number, _, _ in stages),
+            "num_trained": sum(number for _, number, _ in stages),
+            "layers": [name for _, _, names in stages for name in names],
+            "initial": self.config.checkpoint.initial,
             "num_experts": model.num_experts,
             "top_k": model.top_k,
             "objectives": [{"name": o.name, "coef": o.coef, "scope": o.scope} for o in objectives],
@@ -322,6 +362,7 @@ class Trainer:
             "seconds": self.seconds,
             "num_tokens": self.num_tokens,
             "config": to_dict(self.config),
+            "model_config": describe_model(self.model),
             "global_batch_size": self.engine.run.global_batch_size,
             "balancer": self._balancer_state(),
             "data": self.loader.state_dict(),
@@ -329,6 +370,19 @@ class Trainer:
         own = {"random": _random_state(self.device)}
         self.checkpointer.save(self.step, self.engine.modules, self.optimizer, state, per_rank=own)
         self._saved_step = self.step
+
+    def _save_adapter(self) -> None:
+        """Write the adapter of the last checkpoint as peft reads it."""
+        config, checkpoint = self.config, self.checkpointer.latest()
+        wanted = config.finetune.adapts and config.finetune.save_adapter
+        described = describe_model(self.model)
+        if not wanted or checkpoint is None or described is None or self._saved_step != self.step:
+            return
+        remarks = on_first_rank(
+            lambda: save_adapter(self.run_dir / ADAPTER_FOLDER, checkpoint, described, to_dict(config))
+        )
+        for remark in remarks:
+            self.console.print(remark)
 
     def _balancer_state(self) -> dict[str, Any]:
         """State of the balancers of all layers, as one balancer of the whole model would have it."""
