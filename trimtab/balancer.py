@@ -377,6 +377,8 @@ class Balancer:
         rank has started are waited for on the others.
         """
         self.ledger.discard_step()
+        # A forward that failed has left its microbatch behind.
+        self.context.running, self.context.current = False, None
 
     def _arm(self) -> None:
         self.ledger.measuring = self.measure_every > 0 and (self.num_steps + 1) % self.measure_every == 0

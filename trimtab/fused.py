@@ -323,7 +323,9 @@ def _check(logits_TE: Tensor, routing: Routing, num_groups: int, given: dict[str
         )
     num_tokens, num_experts = logits_TE.shape
     routing.check(num_experts)
-    if given["group_ids_T"] is None and (num_groups < 1 or num_tokens % num_groups):
+    if num_groups < 1:
+        raise ValueError(f"num_groups={num_groups} must be at least 1, the groups that are told apart")
+    if given["group_ids_T"] is None and num_tokens % num_groups:
         raise ValueError(
             f"num_groups={num_groups} must divide the T={num_tokens} tokens into contiguous groups; give "
             "group_ids_T for groups of other sizes"

@@ -182,6 +182,7 @@ class Description:
     def __init__(self, context: Context, microbatch: Microbatch | Concatenation) -> None:
         self.context = context
         self.microbatch = microbatch
+        self._outer: list[Microbatch | Concatenation | None] = []
 
     def __enter__(self) -> None:
         """Describe the forwards that follow.
@@ -194,11 +195,12 @@ class Description:
                 "balancer.microbatch(...) is entered inside balancer.interleaved(...), whose microbatches are "
                 "described already; give the description to interleaved([...]) instead of entering it"
             )
+        self._outer.append(self.context.explicit)
         self.context.explicit = self.microbatch
 
     def __exit__(self, *error: object) -> None:
-        """Read descriptions off the calls again."""
-        self.context.explicit = None
+        """What described forwards before does so again: a block around this one, or the calls."""
+        self.context.explicit = self._outer.pop()
 
 
 def describe(

@@ -153,7 +153,10 @@ def plain_forward(
         # A copy: an operator must not return what it was given.
         ids_TK = replay_ids_TK.to(torch.int64, copy=True)
     weights_TK = weigh(logits_TE, ids_TK, routing)
-    counts_GE = count_ids(ids_TK, logits_TE.shape[1], group_ids_T, valid_mask_T, num_groups)
+    if num_groups:
+        counts_GE = count_ids(ids_TK, logits_TE.shape[1], group_ids_T, valid_mask_T, num_groups)
+    else:
+        counts_GE = ids_TK.new_zeros(0, logits_TE.shape[1])
     if not with_sums:
         nothing = logits_TE.new_empty(0, logits_TE.shape[1]), logits_TE.new_empty(0), logits_TE.new_empty(0)
         return weights_TK, ids_TK, counts_GE, *nothing
@@ -180,6 +183,8 @@ def plain_backward(
     dtype = logits_TE.dtype
     logits_TE = logits_TE.to(compute_dtype(dtype))
     grad_weights_TK = grad_weights_TK.to(logits_TE.dtype)
+    target_GE = None if target_GE is None else target_GE.to(logits_TE.dtype)
+    z_weight = None if z_weight is None else z_weight.to(logits_TE.dtype)
     balances = target_GE is not None or z_weight is not None
     if probs_TE is None and (balances or not routing.weights_are_local):
         probs_TE = probs(logits_TE, routing.score)

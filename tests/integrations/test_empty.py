@@ -125,3 +125,22 @@ def test_what_transformers_does_not_initialise_is_named():
         ValueError, match=r"does not say how to initialise 'scale' of _Strange at 'model.strange'"
     ):
         draw_weights([model], seed=0)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "qwen3_5_moe", "gpt_oss"])
+def test_what_is_not_wanted_is_neither_changed_nor_missed(family):
+    whole, model = drawn_model(family), empty_model(family)
+    allocate(model, CPU)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.fill_(7)
+    draw_weights(
+        [model], seed=0, wanted=lambda name: name.endswith(("down_proj", "gate.weight", "router.weight"))
+    )
+    named = dict(whole.named_parameters())
+    for name, parameter in model.named_parameters():
+        if name.endswith(("down_proj", "gate.weight", "router.weight")):
+            assert torch.equal(parameter, named[name]), name
+        else:
+            assert (parameter == 7).all(), name
+    assert all((buffer == 7).all() for buffer in model.buffers())

@@ -324,6 +324,11 @@ def test_models_that_cannot_have_it_are_refused() -> None:
     ):
         add_mtp(model, 1)
     model.config.chain_hidden_post_norm = None
+    granite, _ = tiny_model("granitemoe", embedding_multiplier=12.0)
+    with pytest.raises(
+        ValueError, match=r"GraniteMoeForCausalLM has embedding_multiplier=12\.0, under which"
+    ):
+        add_mtp(granite, 1)
     add_mtp(model, 1)
     with pytest.raises(ValueError, match="Glm4MoeForCausalLM has MTP modules already"):
         add_mtp(model, 1)

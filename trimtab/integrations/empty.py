@@ -127,12 +127,17 @@ def _draw(
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1)
         values = {leaf: nn.Parameter(_unset(shape, torch.float32)) for leaf, shape in shapes.items()}
-        hollow = _copy(module, parameters={**module._parameters, **values})
+        hollow = _copy(module, parameters={**_hollow_parameters(module), **values})
         getattr(module, INITIALISE, model._init_weights)(hollow)
         if parent is not None and any(_is_unset(value) for value in values.values()):
             # Some blocks initialise their router.
-            children = {k: hollow if child is module else child for k, child in parent._modules.items()}
-            model._init_weights(_copy(parent, parameters=dict(parent._parameters), modules=children))
+            children = {
+                key: hollow
+                if child is module
+                else child and _copy(child, parameters=_hollow_parameters(child))
+                for key, child in parent._modules.items()
+            }
+            model._init_weights(_copy(parent, parameters=_hollow_parameters(parent), modules=children))
     for leaf, value in values.items():
         if _is_unset(value):
             raise ValueError(
@@ -142,13 +147,24 @@ def _draw(
     return {leaf: value.detach() for leaf, value in values.items()}
 
 
+def _hollow_parameters(module: nn.Module) -> dict[str, Any]:
+    """Stand-ins on the meta device for a module's own parameters, which must not be written to."""
+    return {
+        key: parameter
+        if parameter is None
+        else nn.Parameter(torch.empty(tuple(parameter.shape), device="meta"))
+        for key, parameter in module._parameters.items()
+    }
+
+
 def _copy(
     module: nn.Module, *, parameters: dict[str, Any], modules: dict[str, Any] | None = None
 ) -> nn.Module:
-    """A module with the same class and attributes and other parameters."""
+    """A module with the same class and attributes, other parameters, and copies of its buffers."""
     cls = type(module)
     hollow: nn.Module = object.__new__(cls)
-    hollow.__dict__ = {**module.__dict__, "_parameters": parameters}
+    buffers = {key: buffer if buffer is None else buffer.clone() for key, buffer in module._buffers.items()}
+    hollow.__dict__ = {**module.__dict__, "_parameters": parameters, "_buffers": buffers}
     if modules is not None:
         hollow.__dict__["_modules"] = modules
     return hollow

@@ -43,7 +43,15 @@ _PASSED_ON = (
     "max_length_k",
 )
 # Settings under which depths are chained or scored in another way than above.
-_OTHERWISE = ("chain_hidden_post_norm", "logits_mup_width_multiplier", "unpadded_vocab_size")
+_OTHERWISE = (
+    "chain_hidden_post_norm",
+    "logits_mup_width_multiplier",
+    "unpadded_vocab_size",
+    "embedding_multiplier",
+    "logits_scaling",
+    "logit_scale",
+    "final_logit_softcapping",
+)
 
 
 class MtpOutput(NamedTuple):
@@ -209,7 +217,9 @@ def add_mtp(model: Any, num_layers: int) -> None:
     decoder = decoder_of(model)
     config = decoder.config
     for name in _OTHERWISE:
-        if getattr(config, name, None) is not None:
+        value = getattr(config, name, None)
+        # A factor of 1 changes nothing; True is no factor.
+        if value is not None and (isinstance(value, bool) or value != 1):
             raise ValueError(
                 f"{type(model).__name__} has {name}={getattr(config, name)!r}, under which MTP modules are chained "
                 "or scored in another way than trimtab trains them; train it without MTP"

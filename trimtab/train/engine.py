@@ -234,7 +234,7 @@ class Engine:
         local = [
             *labels.values(),
             sum(batch.num_tokens for batch in batches),
-            *map(sum, zip(*(self._counted(batch)[1] for batch in batches), strict=True)),
+            *map(sum, zip(*map(self._num_counted, batches), strict=True)),
         ]
         if self.mesh is not None and (group := self.mesh.group("tokens")) is not None:
             # Ranks that share sequences have read the same rows, and one of them speaks.
@@ -310,15 +310,19 @@ class Engine:
             if isinstance(module, FSDPModule):
                 module.set_requires_gradient_sync(sync)
 
-    def _counted(self, batch: TokenBatch) -> tuple[Tensor, tuple[int, int, int]]:
-        """(B, S) tokens that balancing counts; how many, and the sequences and documents that have any."""
-        mask_BS = batch.valid_mask_BS
-        num_rows = int(mask_BS.any(dim=1).sum())
+    def _counted(self, batch: TokenBatch) -> Tensor:
+        """(B, S) bool tokens that balancing counts."""
         if batch.images is None or self.config.model.balancing.visual_tokens == "count":
-            return mask_BS, (batch.num_tokens, num_rows, batch.num_sequences)
-        mask_BS = mask_BS & ~batch.images.visual_mask_BS
-        num_documents = len(batch.document_ids_BS()[mask_BS].unique())
-        return mask_BS, (int(mask_BS.sum()), int(mask_BS.any(dim=1).sum()), num_documents)
+            return batch.valid_mask_BS
+        return batch.valid_mask_BS & ~batch.images.visual_mask_BS
+
+    def _num_counted(self, batch: TokenBatch) -> tuple[int, int, int]:
+        """How many tokens balancing counts, and the sequences and documents that have any."""
+        mask_BS = self._counted(batch)
+        num_rows = int(mask_BS.any(dim=1).sum())
+        if mask_BS is batch.valid_mask_BS:
+            return batch.num_tokens, num_rows, batch.num_sequences
+        return int(mask_BS.sum()), num_rows, len(batch.document_ids_BS()[mask_BS].unique())
 
     def loss(self, logits_BsV: Tensor, batch: TokenBatch) -> Tensor:
         """Sum over this rank's label tokens of their loss."""
@@ -343,7 +347,7 @@ class Engine:
         if part.balancer is not None:
             tokens_T = None if self.shard.is_whole else self.shard.flat_index(len(batch.input_ids_BS))
             described = part.balancer.microbatch(
-                valid_mask=self._counted(batch)[0], cu_seqlens=batch.cu_seqlens_G, tokens=tokens_T
+                valid_mask=self._counted(batch), cu_seqlens=batch.cu_seqlens_G, tokens=tokens_T
             )
         shard, own_s = self.shard, self.shard.own_s
         x = hidden_BsD

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.integrations.empty import draw
+from trimtab.integrations.empty import Shapes, draw
 from trimtab.parallel.experts import SPLIT_DIMS
 from trimtab.train.checkpoint_state import Parts, canonical_name, parts_of
 
@@ -37,24 +37,40 @@ def draw_weights(
             name = canonical_name(full_name)
             targets = _targets(name, module, wanted, done)
             if targets:
-                _fill(part, name, module, parents.get(id(module)), targets, seed)
+                # All of the module's own: values must not depend on which are wanted.
+                shapes = {key: parts.shape for key, parts in _own_parts(module).items()}
+                _fill(part, name, module, parents.get(id(module)), targets, shapes, seed)
 
 
 def _targets(name: str, module: nn.Module, wanted: Callable[[str], bool], done: set[int]) -> dict[str, Parts]:
-    split_dims = getattr(module, SPLIT_DIMS, {})
     targets = {}
-    for key, parameter in module._parameters.items():
-        if parameter is None or id(parameter) in done or not wanted(f"{name}.{key}" if name else key):
+    for key, parts in _own_parts(module).items():
+        parameter = module._parameters[key]
+        if id(parameter) in done or not wanted(f"{name}.{key}" if name else key):
             continue
         done.add(id(parameter))  # tied parameters have the values of the first
-        targets[key] = parts_of(parameter, split_dims.get(key))
+        targets[key] = parts
     return targets
 
 
+def _own_parts(module: nn.Module) -> dict[str, Parts]:
+    split_dims = getattr(module, SPLIT_DIMS, {})
+    return {
+        key: parts_of(parameter, split_dims.get(key))
+        for key, parameter in module._parameters.items()
+        if parameter is not None
+    }
+
+
 def _fill(
-    model: Any, name: str, module: nn.Module, parent: nn.Module | None, targets: dict[str, Parts], seed: int
+    model: Any,
+    name: str,
+    module: nn.Module,
+    parent: nn.Module | None,
+    targets: dict[str, Parts],
+    shapes: Shapes,
+    seed: int,
 ) -> None:
-    shapes = {key: parts.shape for key, parts in targets.items()}
     held = {
         expert
         for parts in targets.values()
