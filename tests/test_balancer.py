@@ -11,7 +11,6 @@ from torch import Tensor, nn
 import trimtab
 from tests.hf_models import tiny_model
 from tests.toy import (
-    ToyModel,
     assert_grads_equal,
     batch,
     grads,
@@ -492,34 +491,3 @@ def test_default_dtype_does_not_matter() -> None:
     have = grads(model)
     balancer.remove()
     assert_grads_equal(have, reference_grads(model, built(), [ONE], "softmax"))
-
-
-def test_a_block_inside_a_block_gives_the_description_back() -> None:
-    model = ToyModel()
-    balancer = trimtab.attach(model, [SequenceWise.Config(coef=1e-2)])
-    outer, inner = (torch.ones(1, 4), torch.ones(1, 3))
-    with balancer.microbatch(valid_mask=outer):
-        described = balancer.context.explicit
-        with balancer.microbatch(valid_mask=inner):
-            assert balancer.context.explicit is not described
-        assert balancer.context.explicit is described
-    assert balancer.context.explicit is None
-
-
-def test_a_failed_forward_is_forgotten_with_its_step() -> None:
-    model = ToyModel()
-    balancer = trimtab.attach(model, [SequenceWise.Config(coef=1e-2)])
-
-    def fail(*args: Any) -> None:
-        raise RuntimeError("out of memory")
-
-    broken = model.head.register_forward_pre_hook(fail)
-    mask = torch.ones(2, 3).tril()
-    with pytest.raises(RuntimeError, match="out of memory"):
-        model(torch.zeros(2, 3, dtype=torch.int64), attention_mask=mask)
-    broken.remove()
-    balancer.discard_step()
-    # A router called by itself: of the failed forward's tokens some were padding, and of these none is.
-    router = model.blocks[0].moe.router
-    router(torch.randn(2, 3, 8, dtype=torch.float64))
-    assert int(balancer.ledger.rows[0].counts_AE.sum()) == 2 * 3 * router.top_k

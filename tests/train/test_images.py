@@ -375,7 +375,6 @@ def test_files_name_images(folder):
     (_, first), (second, pair), (_, none) = read(path)
     assert [len(first), len(pair), len(none)] == [1, 2, 0]
     assert second.domain == "pairs"
-    # 25 x 40 pixels to multiples of 8, within 2000 pixels.
     assert first[0].grid == (6, 10)
     assert first[0].patches().shape == (60, layout().patch_dim)
     assert pair[0].grid == (4, 4)
