@@ -39,3 +39,10 @@ def test_a_failed_forward_is_forgotten_with_its_step() -> None:
     router = model.blocks[0].moe.router
     router(torch.randn(2, 3, 8, dtype=torch.float64))
     assert int(balancer.ledger.rows[0].counts_AE.sum()) == 2 * 3 * router.top_k
+
+
+def test_a_removed_balancer_describes_nothing() -> None:
+    balancer = trimtab.attach(ToyModel(), [SequenceWise.Config(coef=1e-2)])
+    balancer.remove()
+    with pytest.raises(RuntimeError, match=r"microbatch\(\) of a balancer that was removed; attach again"):
+        balancer.microbatch(batch_shape=(1, 4))

@@ -223,7 +223,10 @@ class Balancer:
 
         Raises:
             ValueError: no shape, or shapes that disagree.
+            RuntimeError: the balancer was removed.
         """
+        if self.model is None:
+            raise RuntimeError("microbatch() of a balancer that was removed; attach again to go on balancing")
         return describe_given(
             self.context,
             next(self.layers[0].router.module.parameters()).device,
