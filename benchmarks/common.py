@@ -1,4 +1,4 @@
-"""What both benchmarks need: the machine in words, result files, and one section of RESULTS.md each."""
+"""What all benchmarks need: the machine in words, result files, and one section of RESULTS.md each."""
 
 from __future__ import annotations
 
@@ -10,14 +10,41 @@ import platform
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
-RESULTS_MD = Path(__file__).parent / "RESULTS.md"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+RESULTS_MD = ROOT / "benchmarks" / "RESULTS.md"
 _PACKAGES = ("torch", "transformers", "megatron-core", "trimtab")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a benchmark of `python -m benchmarks` runs.
+
+    Args:
+        seconds: it is bounded to about so many; fewer seconds mean fewer rounds, not smaller sizes.
+        quick: tiny sizes that show that it works, and nothing else.
+        threads: of torch.
+        seed: of data and of the order of runs.
+    """
+
+    seconds: float
+    quick: bool = False
+    threads: int = 1
+    seed: int = 0
+
+    @property
+    def clock(self) -> str:
+        """The clock of the tables: one thread's CPU time is what the clock would say on an idle machine."""
+        return "cpu" if self.threads == 1 else "wall"
+
+
+CLOCK_NAMES = {"wall": "wall clock", "cpu": "CPU time of the process"}
 
 
 def machine() -> dict[str, Any]:
@@ -40,6 +67,8 @@ def describe(machine: dict[str, Any], *, loads: Sequence[float] = ()) -> str:
     Args:
         machine: from `machine`.
         loads: 1-minute load averages seen during the run, first to last.
+
+    Where others used the machine a line says so.
     """
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
     lines = [
@@ -50,6 +79,11 @@ def describe(machine: dict[str, Any], *, loads: Sequence[float] = ()) -> str:
     ]
     if loads:
         lines.insert(2, f"- Load average (1 min): {loads[0]:.2f} at the start, {max(loads):.2f} at most")
+        if max(loads) > machine["threads"] + 0.5:
+            lines.append(
+                f"- **The machine was loaded** ({max(loads):.1f} runnable processes, of which this run was "
+                f"{machine['threads']}): read differences below 0.1 as noise"
+            )
     return "\n".join(lines)
 
 
@@ -116,4 +150,4 @@ def _version(package: str) -> str | None:
 
 def _module_name() -> str:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return spec.name if spec is not None else "benchmarks"
+    return spec.name.removesuffix(".__main__") if spec is not None else "benchmarks"

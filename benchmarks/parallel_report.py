@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from benchmarks.common import describe, markdown_table
 from benchmarks.parallel_worker import MEASURED, OFF, OFF_AGAIN
+from benchmarks.timing import interval
 
 TARGET_PLAN = "dp_shard 2, ep 2"
 TARGET = 0.03
@@ -30,13 +30,6 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     """First quartile, median, third quartile."""
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return low, middle, high
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Order statistics that hold the median with a probability of 0.95, or all there are."""
-    ordered, n = sorted(values), len(values)
-    k = max(0, math.floor((n - 1.96 * math.sqrt(n)) / 2))
-    return ordered[k], ordered[n - 1 - k]
 
 
 def paired(result: dict[str, Any], arm: str, clock: str = "wall") -> list[float]:

@@ -1,16 +1,27 @@
-"""Tables and figure of `routing_overhead`.
+"""Tables of `routing_overhead`, and its figure.
 
 Shapes: E experts.
 """
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from benchmarks.common import describe, markdown_table
+from benchmarks import budget
+from benchmarks.common import CLOCK_NAMES, describe, markdown_table
+from benchmarks.svg import Dot, Panel, dot_panels
+
+# Colours of families in figures, in the order of the legend.
+FAMILIES = (
+    "trimtab fused",
+    "trimtab hook",
+    "formula + autograd",
+    "transformers",
+    "Megatron functions",
+    "Megatron router",
+)
+FIGURE_OBJECTIVES = ("sequence", "batch", "z", "sequence + z", "all")
 
 
 def title(result: dict[str, Any]) -> str:
@@ -18,7 +29,8 @@ def title(result: dict[str, Any]) -> str:
     case = result["case"]
     gate = f"gate D={case['gate_dim']}" if case["gate_dim"] else "logits are leaves"
     how = f", torch.compile({result['compiler']})" if result["compiler"] else ""
-    return f"{case['score']}, {gate}{how}"
+    score = case["score"] + (" + bias" if case["score"] == "sigmoid" else "")
+    return f"{score}, {gate}{how}"
 
 
 def grouped(results: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -34,24 +46,33 @@ def table_rows(group: Sequence[dict[str, Any]], clock: str) -> tuple[list[str], 
     largest = group[-1]
     num_experts = largest["case"]["num_experts"]
     header = ["who", "losses", *(f"E={r['case']['num_experts']}" for r in group)]
-    header += [f"extra ms/layer, E={num_experts}", "held, U", "extra ops", "gradient error"]
+    header += [
+        f"over its own router, E={num_experts}",
+        f"extra ms/layer, E={num_experts}",
+        "held, U",
+        "gradient error",
+    ]
     rows = []
     for row in largest["rows"]:
         key = (row["family"], row["objective"])
         cells = [*key]
         for result in group:
             other = next((r for r in result["rows"] if (r["family"], r["objective"]) == key), None)
-            if other is None:
-                cells.append("–")
-            elif key == ("routing", "none"):
-                cells.append(f"{other[clock]['min_ms_per_layer']:.2f} ms")
-            else:
-                cells.append(f"{other[clock]['paired_median']:.2f} ({other[clock]['ratio_of_minima']:.2f})")
-        error = row["gradient_error"]
-        cells.append(f"{row[clock]['extra_ms_per_layer']:.2f}")
-        cells += [f"{row['held']:.3f}", optional(row["extra_ops"], "+.1f"), optional(error, ".0e")]
+            cells.append("–" if other is None else _time(other, clock))
+        own = row["own"][clock]
+        is_base = row["own_base"] in ("routing: none", f"{key[0]}: {key[1]}")
+        cells.append("–" if is_base else f"{own['ratio']:.3f} ({own['minima']:.3f})")
+        cells.append("–" if key == ("routing", "none") else f"{row['routing'][clock]['extra_ms']:+.3f}")
+        cells += [f"{row['held']:.3f}", optional(row["gradient_error"], ".0e")]
         rows.append(cells)
     return header, rows
+
+
+def _time(row: dict[str, Any], clock: str) -> str:
+    one = row["routing"][clock]
+    if (row["family"], row["objective"]) == ("routing", "none"):
+        return f"{one['ms']:.2f} ms"
+    return f"{one['ratio']:.3f} [{one['low']:.3f}, {one['high']:.3f}] ({one['minima']:.3f})"
 
 
 def optional(number: float | None, form: str) -> str:
@@ -59,76 +80,109 @@ def optional(number: float | None, form: str) -> str:
     return "–" if number is None else format(number, form)
 
 
+def operator_rows(lines: dict[str, dict[str, float]]) -> tuple[list[str], list[list[str]]]:
+    """Operators more than the routing's."""
+    rows = []
+    for name, line in lines.items():
+        error = f"{line['error']:.1f}" if line["error"] > 0.01 else "0"
+        rows.append([name, f"{line['per_layer']:+.1f}", f"{line['fixed']:+.1f}", error])
+    return ["what", "by layer", "by microbatch", "off the line"], rows
+
+
 def markdown(report: dict[str, Any]) -> str:
     """The section of RESULTS.md."""
-    options, loads = report["options"], report["loads"]
-    clock = options["clock"]
-    clock_name = {"wall": "wall clock", "cpu": "CPU time of the process"}[clock]
+    clock, results = report["clock"], report["results"]
+    case = results[0]["case"]
+    rounds = [row["routing"][clock]["rounds"] for result in results for row in result["rows"][:1]]
+    promises = budget.routing_promises(report)
     lines = [
         "## Routing overhead",
         "",
-        describe(report["machine"], loads=loads),
-        f"- T={options['tokens']}, B={options['sequences']}, K={options['top_k']}, L={options['layers']} layers, "
-        f"{options['reps']} repetitions, {clock_name}, float32",
-    ]
-    if max(loads) > options["threads"] + 0.5:
-        lines.append(
-            f"- **The machine was loaded** ({max(loads):.1f} runnable processes for {options['threads']} "
-            "thread(s) of this run): read differences below 0.1 as noise"
-        )
-    lines += [
+        describe(report["machine"], loads=report["loads"]),
+        f"- T={case['tokens']}, B={case['sequences']}, K={case['top_k']}, L={case['layers']} layers, "
+        f"{min(rounds)} to {max(rounds)} rounds, {CLOCK_NAMES[clock]}, float32",
         "",
-        "Time of routing forward and backward divided by the same without losses: median of paired ratios, and in "
-        "brackets the ratio of minima. U = T E 4 bytes per layer, held between forward and backward. Operators are "
-        "per layer, views left out. Gradient error: against float64, by the largest entry, T=256, one layer.",
+        "### Budget",
+        "",
+        "The worst number of any loss in each column, logits as leaves, with the 95% interval of its median; "
+        f'"not decided" where the limit lies inside it. {budget.summary(promises)}',
+        "",
+        budget.table(promises),
+        "",
+        "### Time and memory",
+        "",
+        "Time of routing forward and backward divided by the same without losses: median of the paired ratios, its "
+        '95% interval, and in brackets the ratio of the fastest runs. "routing again" is the routing a second '
+        "time: what it differs from 1 by is noise. U = T E 4 bytes by layer, held between forward and backward. "
+        "Gradient error: against float64, by the largest entry, T=256, one layer.",
     ]
-    for name, group in grouped(report["results"]).items():
-        header, rows = table_rows(group, clock)
-        lines += ["", f"### {name[0].upper()}{name[1:]}", "", markdown_table(header, rows)]
-        step = statistics.median(result["step_ms"] for result in group)
-        lines += ["", f"`balancer.step()` with all losses, once per optimiser step: {step:.2f} ms per layer."]
+    for name, group in grouped(results).items():
+        lines += ["", f"#### {name[0].upper()}{name[1:]}", "", markdown_table(*table_rows(group, clock))]
         for result in group:
             for variant, reason in result["not_compiled"].items():
                 lines.append(f"\nNot compiled: {variant} ({reason})")
+    steps = [result["step_ms"] for result in results]
+    lines += [
+        "",
+        f"`balancer.step()` with all losses, once per optimiser step: {min(steps):.2f} to {max(steps):.2f} ms by "
+        "layer.",
+        "",
+        "### Operators",
+        "",
+        "Dispatched aten operators, without views and mere allocations, of one forward and backward, less those of "
+        "the routing: a line through L = 1, 2, 4 and 8 layers, so that what is done once for all layers of a "
+        "microbatch stands apart.",
+    ]
+    for name, lines_of in report["operators"].items():
+        lines += ["", f"#### Operators: {name}", "", markdown_table(*operator_rows(lines_of))]
     return "\n".join(lines)
 
 
-def figure(report: dict[str, Any], path: Path) -> None:
-    """Plotly page: time ratio of every variant at the largest E, one panel per table."""
-    import plotly.graph_objects as go
-    from plotly.subplots import make_subplots
-
-    groups = grouped(report["results"])
-    clock = report["options"]["clock"]
-    titles = [f"{name}, E={group[-1]['case']['num_experts']}" for name, group in groups.items()]
-    fig = make_subplots(rows=len(groups), cols=1, subplot_titles=titles, vertical_spacing=0.25 / len(groups))
-    colors = {"trimtab": "#1f6f8b", "formula": "#c8963e", "transformers": "#8b5a83", "Megatron": "#7a8b52"}
-    for place, group in enumerate(groups.values(), start=1):
-        rows = [row for row in group[-1]["rows"] if row["family"] != "routing"]
-        fig.add_trace(
-            go.Bar(
-                y=[f"{row['family']}: {row['objective']}" for row in rows],
-                x=[row[clock]["paired_median"] for row in rows],
-                orientation="h",
-                marker_color=[
-                    next(c for prefix, c in colors.items() if row["family"].startswith(prefix))
-                    for row in rows
-                ],
-                customdata=[
-                    [row[clock]["ratio_of_minima"], row["held"], optional(row["extra_ops"], "+.0f")]
-                    for row in rows
-                ],
-                hovertemplate="%{y}: %{x:.2f} (minima %{customdata[0]:.2f})<br>held %{customdata[1]:.2f} U, "
-                "%{customdata[2]} operators<extra></extra>",
-                showlegend=False,
-            ),
-            row=place,
-            col=1,
+def images(report: dict[str, Any]) -> dict[str, str]:
+    """The figure of the docs: time ratios by loss, a panel for each score function and E."""
+    clock = report["clock"]
+    panels = []
+    eager = [r for r in report["results"] if not r["compiler"] and not r["case"]["gate_dim"]]
+    wanted = {min(r["case"]["num_experts"] for r in eager), max(r["case"]["num_experts"] for r in eager)}
+    for result in eager:
+        if result["case"]["num_experts"] not in wanted:
+            continue
+        panels.append(_panel(result, clock, f"{title(result)}, E={result['case']['num_experts']}"))
+    figures = {
+        "benchmark-routing": dot_panels(
+            panels,
+            title="Time of routing with losses, over the same routing alone",
+            x_title="ratio (dot: median, line: 95% interval)",
+            limits={"fused ≤ 1.05": budget.FUSED, "composable ≤ 1.10": budget.COMPOSABLE},
+            families=FAMILIES,
         )
-        fig.update_yaxes(autorange="reversed", row=place, col=1)
-        fig.add_vline(x=1, line_dash="dot", row=place, col=1)
-        fig.update_xaxes(title_text="time / routing alone", row=place, col=1)
-    heights = sum(26 * len(group[-1]["rows"]) + 110 for group in groups.values())
-    fig.update_layout(template="plotly_white", height=heights, margin={"l": 230, "r": 30})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fig.write_html(path, include_plotlyjs=True)
+    }
+    compiled = [r for r in report["results"] if r["compiler"]]
+    if compiled:
+        panels = [_panel(r, clock, f"{title(r)}, E={r['case']['num_experts']}") for r in compiled]
+        figures["benchmark-routing-compiled"] = dot_panels(
+            panels,
+            title="Compiled: time of routing with losses, over the compiled routing alone",
+            x_title="ratio (dot: median, line: 95% interval)",
+            limits={"compiled ≤ 1.02": budget.COMPILED},
+            families=FAMILIES,
+        )
+    return figures
+
+
+def _panel(result: dict[str, Any], clock: str, name: str) -> Panel:
+    dots = []
+    for objective in FIGURE_OBJECTIVES:
+        for row in result["rows"]:
+            if row["family"] in FAMILIES and row["objective"] == objective:
+                one = row["routing"][clock]
+                dots.append(
+                    Dot(
+                        group=objective,
+                        family=row["family"],
+                        value=one["ratio"],
+                        low=one["low"],
+                        high=one["high"],
+                    )
+                )
+    return Panel(title=name, dots=dots)

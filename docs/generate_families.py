@@ -62,8 +62,8 @@ row = trimtab.Family(
 # balancer = trimtab.attach(model, [...], families={"MyRouter": row})
 ```
 
-For another output layout give `unpack` and `repack`, module-level functions in plain tensor code. To add a row to
-trimtab itself see CONTRIBUTING.md.
+For another output layout give `unpack` and `repack`, module-level functions in plain tensor code, and `replace` if
+[routings are to be replayed](router-records.md). To add a row to trimtab itself see CONTRIBUTING.md.
 """
 
 SCORES = {

@@ -155,7 +155,7 @@ def reference_grads(model: nn.Module, family: str, configs: Configs, batches: Se
 
 def counts(balancer: Balancer) -> list[int]:
     """Assignments counted so far, per layer; -1 where none was."""
-    return [-1 if row.counts_AE is None else int(row.counts_AE[0].sum()) for row in balancer.ledger.rows]
+    return [-1 if row.counts_AE is None else int(row.counts_AE[0].sum()) for row in balancer.ledger.settle()]
 
 
 def attached_grads(
@@ -166,7 +166,7 @@ def attached_grads(
     balancer = trimtab.attach(model, configs, accumulation=accumulation, **settings)
     for loss in [task_loss(model, batch, len(batches)) for batch in batches]:
         loss.backward()
-    counted = [row.counts_AE[0] for row in balancer.ledger.rows if row.counts_AE is not None]
+    counted = [row.counts_AE[0] for row in balancer.ledger.settle() if row.counts_AE is not None]
     balancer.step()
     balancer.remove()
     return take_grads(model), counted

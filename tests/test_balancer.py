@@ -119,7 +119,7 @@ def test_an_interrupted_counting_pass_leaves_nothing() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    assert balancer.ledger.rows[0].num_counted == 0
+    assert balancer.ledger.settle()[0].num_counted == 0
     assert not balancer.context.counting
 
 
@@ -251,7 +251,7 @@ def test_a_layer_called_alone_is_not_of_the_last_microbatch() -> None:
     layer.train()
     assert balancer.ledger.rows[0].num_forwards == 1
     layer(torch.randn(7, 3, 8, dtype=torch.float64))
-    assert int(balancer.ledger.rows[0].sizes[0]) == ONE.num_tokens + 21
+    assert int(balancer.ledger.settle()[0].sizes[0]) == ONE.num_tokens + 21
 
 
 def test_an_explicit_microbatch_ends_with_its_block() -> None:
@@ -260,14 +260,14 @@ def test_an_explicit_microbatch_ends_with_its_block() -> None:
     with balancer.microbatch(valid_mask=torch.tensor([[1, 0], [0, 0]])):
         model(torch.zeros(2, 2, dtype=torch.int64))
     model(torch.zeros(2, 2, dtype=torch.int64))
-    assert balancer.ledger.rows[0].sizes.tolist() == [1 + 4, 1 + 2, 1 + 2]
+    assert balancer.ledger.settle()[0].sizes.tolist() == [1 + 4, 1 + 2, 1 + 2]
 
 
 def test_documents_are_cut_at_row_starts() -> None:
     model = toy_model()
     balancer = trimtab.attach(model, [SequenceWise.Config(coef=1, unit="document")])
     model(torch.zeros(2, 4, dtype=torch.int64), cu_seqlens=torch.tensor([0, 6, 8]))
-    assert balancer.ledger.rows[0].sizes.tolist() == [8, 2, 3]
+    assert balancer.ledger.settle()[0].sizes.tolist() == [8, 2, 3]
 
 
 def test_evaluation_does_not_read_masks_or_positions() -> None:
@@ -309,7 +309,7 @@ def test_replayed_ids_are_not_unbiased_counts() -> None:
     x = torch.randn(1, 5, 8, dtype=torch.float64)
     with recorded_ids(layer) as record:
         layer(x, replay_ids_TK=torch.tensor([[0, 1]] * 5))
-    executed, unbiased = balancer.ledger.rows[0].counts_AE
+    executed, unbiased = balancer.ledger.settle()[0].counts_AE
     assert executed.tolist() == [5, 5, 0, 0, 0, 0]
     assert torch.equal(unbiased, naive_counts(record[0].topk(2).indices, 6))
 
@@ -417,7 +417,7 @@ def test_a_refused_attach_leaves_nothing() -> None:
         ([ZLoss], {}, r"must be a list of configs"),
         ([], {"accumulation": 2.0}, r"accumulation=2.0 must be a number of microbatches"),
         ([], {"accumulation": 0}, r"num_microbatches=0 must be at least 1"),
-        ([], {"keep": "both"}, r"keep='both' must be 'input' or 'logits'"),
+        ([], {"keep": "both"}, r"keep='both' must be 'input', 'logits' or 'host'"),
         ([], {"measure_every": -1}, r"measure_every=-1 must be at least 0"),
         ([ZLoss.Config(coef=1)] * 2, {}, r"objective 'z' is given more than once"),
     ],

@@ -1,7 +1,6 @@
-"""The benchmarks' code paths at tiny sizes; nothing is asserted about time."""
+"""The benchmarks of specialisation and of parallel plans at tiny sizes; nothing is asserted about time."""
 
 import json
-import random
 
 import pytest
 import torch
@@ -11,17 +10,12 @@ from benchmarks import (
     parallel_plans,
     parallel_report,
     parallel_worker,
-    routing_overhead,
-    routing_variants,
     specialization,
 )
 from benchmarks.parallel_report import TARGET_PLAN
 from benchmarks.parallel_worker import ARMS, OFF, OFF_AGAIN, QUICK, Arm, Plan
-from benchmarks.routing_variants import OBJECTIVES, Case, build_variants
 from trimtab.parallel.mesh import Groups
 from trimtab.train.traffic import Collective
-
-TINY = {"tokens": 64, "sequences": 4, "num_experts": 16, "top_k": 2, "layers": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -35,74 +29,10 @@ def one_thread():
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
-    for module in (common, parallel_plans, routing_overhead, specialization):
+    for module in (common, parallel_plans, specialization):
         monkeypatch.setattr(module, "RESULTS", tmp_path)
     monkeypatch.setattr(common.write_section, "__defaults__", (tmp_path / "RESULTS.md",))
     return tmp_path
-
-
-@pytest.fixture
-def without_megatron(monkeypatch):
-    """Importing it takes seconds."""
-    monkeypatch.setattr(routing_variants, "megatron_utils", lambda: None)
-
-
-@pytest.mark.parametrize(("score", "gate_dim"), [("softmax", 8), ("sigmoid", 0)])
-def test_every_variant_has_the_reference_gradient(score, gate_dim):
-    errors = routing_overhead.check_case(Case(score=score, gate_dim=gate_dim, **TINY))
-    assert {name.split(": ")[1] for name in errors} == set(OBJECTIVES) - {"count only"}
-    assert max(errors.values()) < 1e-5
-
-
-def test_a_wrong_gradient_stops_the_benchmark(monkeypatch, without_megatron):
-    monkeypatch.setattr(routing_variants, "COEF", 0.02)
-    with pytest.raises(RuntimeError, match="formula"):
-        routing_overhead.check_case(Case(score="softmax", **TINY))
-
-
-def test_held_memory_and_operators(without_megatron):
-    case = Case(score="softmax", gate_dim=8, **TINY)
-    data = routing_overhead.make_data(case)
-    unit = case.tokens * case.num_experts * 4 * case.layers
-    variants = {variant.name: variant for variant in build_variants(case)}
-    held = {
-        name: routing_overhead.held_bytes(variant, data, leaves=False) / unit
-        for name, variant in variants.items()
-    }
-    base = held["routing: none"]
-    assert base > 1  # the softmax, at least
-    # trimtab keeps counts; the plain z-loss keeps the logits.
-    assert held["trimtab, keep=input: all"] - base < 0.1 + 4 * 16 * 8 * 3 / (unit / 2)
-    assert held["trimtab, keep=logits: all"] - base >= 1
-    assert held["formula + autograd: z"] - base >= 1
-    # Forward: gate, softmax, top-k, sum, division. Backward: 12.
-    assert routing_overhead.count_ops(variants["routing: none"], data) == 17 * case.layers
-
-
-def test_routing_overhead_writes_its_results(results, without_megatron, capsys):
-    sizes = "--experts 16 --tokens 64 --top-k 2 --gate-dim 0 --reps 2 --scores softmax --write"
-    report = routing_overhead.main(sizes.split())
-    assert all(len(result["rows"]) >= 14 for result in report["results"])
-    assert json.loads((results / "routing_overhead.json").read_text())["results"]
-    assert "plotly" in (results / "routing_overhead.html").read_text()
-    text = (results / "RESULTS.md").read_text()
-    assert "| trimtab | sequence + z |" in text
-    routing_overhead.write_section("routing_overhead", "again")
-    assert "trimtab" not in (results / "RESULTS.md").read_text()
-    assert "sequence + z" in capsys.readouterr().out
-
-
-def test_compiled_variants_and_those_that_cannot_be(monkeypatch, without_megatron):
-    case = Case(score="softmax", **TINY)
-    some = [v for v in build_variants(case) if v.family == "routing" or v.objective == "sequence + z"][:2]
-    monkeypatch.setattr(routing_overhead, "build_variants", lambda case: some)
-    monkeypatch.setattr(routing_overhead, "check_case", lambda case: {})
-    monkeypatch.setattr(routing_overhead, "step_ms", lambda *args: 0.0)
-    result = routing_overhead.run_case(case, 1, random.Random(0), "eager")
-    assert [row["objective"] for row in result["rows"]] == ["none", "sequence + z"]
-    assert result["rows"][1]["extra_ops"] is None
-    _, skipped = routing_overhead.compiled(some, routing_overhead.make_data(case), "no-such-backend")
-    assert len(skipped) == 2
 
 
 TINY_RUN = specialization.Settings(

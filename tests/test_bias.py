@@ -181,7 +181,7 @@ def test_one_update_per_step_from_the_steps_counts(rule: type[BiasRule]) -> None
         task_loss(model, batch(2, 9, seed=seed, padded=True)).backward()
         assert all(torch.equal(a, b) for a, b in zip(biases(model), before, strict=True))
     statistics = [row.statistic for row in balancer.ledger.rows]
-    counts = [row.counts_AE[0] for row in balancer.ledger.rows]
+    counts = [row.counts_AE[0] for row in balancer.ledger.settle()]
     built = rule.Config().build()
     want = []
     for old, count, statistic in zip(before, counts, statistics, strict=True):

@@ -42,7 +42,7 @@ def check(model: ToyModel, run: Any, want: dict[str, torch.Tensor], balancer: tr
         for loss in [task_loss(run, one) for one in BATCHES]:
             loss.backward()
         total = sum(one.num_tokens for one in BATCHES)
-        assert [int(row.counts_AE[0].sum()) for row in balancer.ledger.rows] == [2 * total] * len(
+        assert [int(row.counts_AE[0].sum()) for row in balancer.ledger.settle()] == [2 * total] * len(
             model.blocks
         )
         balancer.step()
@@ -87,6 +87,29 @@ def test_inductor_per_layer(checkpoint: str | None) -> None:
     for block in model.blocks:
         block.compile(fullgraph=True)
     check(model, model, want, balancer)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning")
+def test_inductor_whole_model() -> None:
+    """The compiler uses memory of one layer for another within the graph; what the ledger keeps is not in it."""
+    model, want, balancer = attached(4)
+    check(model, torch.compile(model, fullgraph=True), want, balancer)
+
+
+def test_what_the_ledger_keeps_is_its_own() -> None:
+    """Neither what the operator is given nor what it returns, whose memory a compiler may use again."""
+    model = toy_model()
+    balancer = trimtab.attach(model, [trimtab.SequenceWise.Config(coef=0.3)])
+    state = model.blocks[0].moe.router._trimtab_router
+    executed_GE = torch.tensor([[3, 1, 0, 0, 0, 0]])
+    logits_TE, ids_TK = torch.randn(2, 6), torch.tensor([[0, 1], [0, 0]])
+    described = (None, None, None, torch.tensor([2]), None, 0, 1)
+    counts_AGE, _ = torch.ops.trimtab.observe(
+        state.handle, torch.tensor(1), logits_TE, ids_TK, *described, executed_GE
+    )
+    counts_AGE.fill_(-7)
+    executed_GE.fill_(-7)
+    assert balancer.ledger.settle()[0].counts_AE.tolist() == [[3, 1, 0, 0, 0, 0]]
 
 
 def test_keeping_logits() -> None:

@@ -38,7 +38,7 @@ def test_a_failed_forward_is_forgotten_with_its_step() -> None:
     # A router called by itself: of the failed forward's tokens some were padding, and of these none is.
     router = model.blocks[0].moe.router
     router(torch.randn(2, 3, 8, dtype=torch.float64))
-    assert int(balancer.ledger.rows[0].counts_AE.sum()) == 2 * 3 * router.top_k
+    assert int(balancer.ledger.settle()[0].counts_AE.sum()) == 2 * 3 * router.top_k
 
 
 def test_a_removed_balancer_describes_nothing() -> None:

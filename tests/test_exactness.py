@@ -181,7 +181,7 @@ def counts_of(
                 model(**one.call)
     for loss in [task_loss(model, one) for one in batches]:
         loss.backward()
-    counts = [row.counts_AE[0] for row in balancer.ledger.rows]
+    counts = [row.counts_AE[0] for row in balancer.ledger.settle()]
     grads(model)
     balancer.remove()
     total = sum(b.num_tokens for b in batches)

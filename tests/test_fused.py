@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trimtab import route_ops
 from trimtab.counts import count_ids
 from trimtab.fused import Routed, route
-from trimtab.injection import logit_gradient
+from trimtab.gradient import logit_gradient
 from trimtab.reference import naive_probs
 from trimtab.routing import Routing, choose, weigh
-from trimtab.scores import SCORE_NAMES, probs
+from trimtab.scores import SCORE_NAMES
 
 # Dynamo looks at .grad of every graph input, and a layer's input is not a leaf.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -98,10 +98,8 @@ class Case:
         wide_TE = logits_TE.to(self.grad_TK.dtype)
         weights_TK = weigh(wide_TE, ids_TK, self.routing)
         (grad_TE,) = torch.autograd.grad(weights_TK, wide_TE, self.grad_TK)
-        p_TE = probs(wide_TE.detach(), self.routing.score)
         grad_TE = grad_TE + logit_gradient(
             wide_TE.detach(),
-            p_TE,
             self.routing.score,
             self.target_GE,
             self.z_weight,
@@ -311,6 +309,23 @@ def test_one_expert_and_all_experts(top_k: int) -> None:
     torch.testing.assert_close(case.grad()[1], case.naive_grad(), rtol=1e-10, atol=1e-12)
 
 
+def test_the_largest_logit_may_be_in_a_group_that_is_dropped() -> None:
+    options = {"num_expert_groups": 2, "top_k_groups": 1, "group_score": "top2_sum"}
+    case = Case(routing(score="sigmoid", **options), 2, 4)
+    case.logits_TE[:] = torch.tensor([1000.0, -1000.0, 5.0, 5.5])
+    routed, grad_TE = case.grad()
+    assert routed.ids_TK.tolist() == [[3, 2]] * 2
+    torch.testing.assert_close(grad_TE, case.naive_grad(), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("experts", [300, 40_000])
+def test_many_experts(experts: int) -> None:
+    """Ids are kept for backward in as few bits as hold them."""
+    case = Case(routing(top_k=9), 6, experts)
+    assert int(case.grad()[0].ids_TK.max()) > {300: 127, 40_000: 2**15}[experts]
+    torch.testing.assert_close(case.grad()[1], case.naive_grad(), rtol=1e-10, atol=1e-12)
+
+
 def test_nothing_to_route() -> None:
     routed, grad_TE = Case(routing(), 0, 6).grad()
     assert routed.counts_GE.tolist() == [[0] * 6]
@@ -416,6 +431,8 @@ class CountOps(TorchDispatchMode):
 
     free = (
         "view",
+        "slice",
+        "split",
         "expand",
         "unsqueeze",
         "detach",
@@ -460,13 +477,13 @@ def fused_with(*, targets: bool, z: bool) -> Any:
 
 @pytest.mark.parametrize("groups", ["one", "sequences"])
 def test_few_operators(groups: str) -> None:
-    """Over routing alone: counting and the node, then any number of balance losses together, then z-loss."""
+    """Of one block. Over routing alone: counting and the node, then all balance losses together, then z-loss."""
     case = Case(routing(), 12, 6, groups=groups, dtype=torch.float32)
     alone = len(ops_of(case, plain_routing))
     counted = len(ops_of(case, fused_with(targets=False, z=False)))
     balanced = len(ops_of(case, fused_with(targets=True, z=False)))
     everything = len(ops_of(case, fused_with(targets=True, z=True)))
-    assert counted - alone <= {"one": 6, "sequences": 10}[groups]
+    assert counted - alone <= 8
     assert balanced - counted <= 2
     assert everything - balanced <= 6
 
@@ -487,5 +504,5 @@ def test_one_tensor_of_the_logits_size_is_held(score: str, normalize: bool) -> N
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         case.run(logits_TE)
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}
-    ids = case.tokens * case.routing.top_k * 8
+    ids = case.tokens * case.routing.top_k * 2
     assert sum(storages.values()) == logits_TE.untyped_storage().nbytes() + ids

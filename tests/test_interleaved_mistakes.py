@@ -35,7 +35,7 @@ def test_evaluation_counts_nothing() -> None:
         by_turns(model, balancer, PAIR)
         together(model, balancer, ROWS)
     by_turns(model.eval(), balancer, PAIR)
-    assert all(row.num_forwards == 0 and row.counts_AE is None for row in balancer.ledger.rows)
+    assert all(row.num_forwards == 0 and row.counts_AE is None for row in balancer.ledger.settle())
     assert not balancer.ledger.in_step
 
 
@@ -130,7 +130,7 @@ def test_what_has_ended_stays_counted() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    assert [row.num_counted for row in balancer.ledger.rows] == [1, 1]
+    assert [row.num_counted for row in balancer.ledger.settle()] == [1, 1]
     assert [int(row.sizes[0]) for row in balancer.ledger.rows] == [PAIR[0].num_tokens] * 2
     with pytest.raises(RuntimeError, match=r"microbatch 2 .* has ended"):
         kept[0](model.blocks[1], embedded(model, 1))

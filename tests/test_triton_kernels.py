@@ -107,7 +107,8 @@ def check(
 
     target_GE, z_weight = (randn(groups, experts), randn()) if balanced else (None, None)
     grad_TK = randn(tokens, settings.top_k)
-    given = (grad_TK, logits_TE, want[1], target_GE, z_weight, group_ids_T, valid_T, settings)
+    # Narrow, as the autograd node keeps them.
+    given = (grad_TK, logits_TE, want[1].to(torch.int16), target_GE, z_weight, group_ids_T, valid_T, settings)
     launch.pop("num_programs", None)
     have_TE, want_TE = triton_kernels.backward(*given, **launch), route_ops.plain_backward(*given)
     assert have_TE.dtype == dtype
@@ -149,7 +150,7 @@ def test_expert_groups(num_groups: int, kept: int, size: int, group_score: str) 
 @needs_kernels
 @pytest.mark.parametrize(
     ("tokens", "experts", "top_k"),
-    [(0, 8, 2), (1, 2, 1), (4, 8, 8), (5, 13, 13), (3, 160, 6), (2, 300, 9)],
+    [(0, 8, 2), (1, 2, 1), (4, 8, 8), (5, 13, 13), (3, 160, 6), (2, 300, 9), (3, 40, 17)],
 )
 def test_sizes(tokens: int, experts: int, top_k: int) -> None:
     check(routing(top_k=top_k, normalize_top_k=False), tokens, experts)
@@ -204,11 +205,17 @@ def test_ties_go_to_the_lowest_id_and_rows_of_nan_are_in_range() -> None:
 
     logits_TE = torch.tensor([[1.0, 2.0, 2.0, 2.0, 1.0], [0.0, -0.0, 0.0, -0.0, 0.0], [math.nan] * 5])
     logits_TE[2, ::2].neg_()  # NaN with a sign ranks as any
-    given = (logits_TE.to(DEVICE), None, None, None, None, 1, False, routing(top_k=3))
-    weights_TK, ids_TK, counts_GE, *_ = triton_kernels.forward(*given)
+    given = (logits_TE.to(DEVICE), None, None, None, None, 1, False)
+    weights_TK, ids_TK, counts_GE, *_ = triton_kernels.forward(*given, routing(top_k=3))
     assert ids_TK.tolist() == [[1, 2, 3], [0, 1, 2], [0, 1, 2]]
     assert counts_GE.tolist() == [[2, 3, 3, 1, 0]]
     assert weights_TK[2].isnan().all()
+    # So many that they are sorted, and not taken one by one.
+    many_TE = logits_TE.repeat(1, 4).to(DEVICE)
+    ids_TK = triton_kernels.forward(many_TE, *given[1:], routing(top_k=17))[1]
+    ties = [one for row in range(4) for one in (5 * row + 1, 5 * row + 2, 5 * row + 3)]
+    assert ids_TK.tolist()[0] == [*ties, 0, 4, 5, 9, 10]
+    assert ids_TK.tolist()[1:] == [list(range(17))] * 2
 
 
 @needs_kernels
@@ -239,12 +246,40 @@ def compiled_for_hopper(kernel: Any, constants: dict[str, Any], types: dict[str,
 
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"E": 8, "N": 8, "N_PAD": 8, "K": 1, "K_PAD": 1, "BLOCK": 64, "NORMALIZES": False},
+        {"E": 1000, "N": 1000, "N_PAD": 1024, "K": 32, "K_PAD": 32, "BLOCK": 2, "SUMS": True},
+        {"H": 8, "H_PAD": 8, "N": 32, "N_PAD": 32, "TOP_H": 4, "TOP_H_PAD": 4, "TOP2": True},
+    ],
+    ids=["plain", "one expert", "largest", "expert groups"],
+)
+def test_the_forward_kernel_compiles_for_a_gpu_without_one(change: dict[str, Any]) -> None:
+    from trimtab import triton_kernels
+
+    floats = ("logits_ptr", "bias_ptr", "weights_ptr", "prob_sums_ptr", "lse_ptr", "entropy_ptr")
+    types = dict.fromkeys(floats, "*fp32") | dict.fromkeys(("replay_ptr", "group_ptr", "ids_ptr"), "*i64")
+    types |= {"mask_ptr": "*u8", "counts_ptr": "*i32", "scale": "fp32"}
+    types |= dict.fromkeys(("num_tokens_of_group", "num_groups", "tiles_of_program"), "i32")
+    constants: dict[str, Any] = {"E": 256, "K": 8, "K_PAD": 8, "H": 1, "H_PAD": 1, "N": 256, "N_PAD": 256}
+    constants |= {"TOP_H": 1, "TOP_H_PAD": 1, "TOP2": False, "SCORE": 1, "NORMALIZES": True, "BLOCK": 8}
+    constants |= dict.fromkeys(("HAS_BIAS", "HAS_MASK", "COUNTS"), True)
+    constants |= dict.fromkeys(("RANKS_LOGITS", "HAS_REPLAY", "HAS_GROUPS", "SUMS"), False)
+    compiled = compiled_for_hopper(triton_kernels._forward_kernel, constants | change, types)
+    assert ".local" not in compiled.asm["ptx"]
+    assert compiled.metadata.shared <= 48 * 1024
+
+
+@needs_triton
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 def test_the_backward_kernel_compiles_for_a_gpu_without_one() -> None:
     """The interpreter accepts what the compiler may not; local memory would mean that registers ran out."""
     from trimtab import triton_kernels
 
     floats = ("grad_weights_ptr", "logits_ptr", "target_ptr", "z_weight_ptr", "grad_ptr")
-    types = dict.fromkeys(floats, "*fp32") | {"ids_ptr": "*i64", "group_ptr": "*i64", "mask_ptr": "*u8"}
+    types = dict.fromkeys(floats, "*fp32") | {"ids_ptr": "*i16", "group_ptr": "*i64", "mask_ptr": "*u8"}
     types |= {"num_tokens": "i32", "num_tokens_of_group": "i32", "num_groups": "i32", "scale": "fp32"}
     constants = {"E": 256, "C": 256, "K": 8, "K_PAD": 8, "SCORE": 1, "NORMALIZES": True, "BLOCK": 8}
     constants |= {

@@ -5,8 +5,10 @@ from trimtab.balancer import Balancer
 from trimtab.bias import CentredSign, Momentum, Proportional, Quantile, Sign
 from trimtab.device_losses import CommunicationLevel, DeviceLevel
 from trimtab.experts import ClampedSwiGLU, Experts, GeGLU, SharedExperts, SwiGLU
+from trimtab.host_copies import HostCopies
 from trimtab.integrations.attach import attach, balancer_of
 from trimtab.integrations.families import Family
+from trimtab.integrations.record_replay import record_routing, replay_routing
 from trimtab.losses import BatchWise, GlobalBatch, ImportanceCV, SequenceWise, ZLoss
 from trimtab.moe import MoE
 from trimtab.objective import Objective
@@ -30,6 +32,7 @@ __all__ = [
     "GeGLU",
     "GlobalBatch",
     "GradReduction",
+    "HostCopies",
     "ImportanceCV",
     "MoE",
     "Momentum",
@@ -46,4 +49,6 @@ __all__ = [
     "attach",
     "audit",
     "balancer_of",
+    "record_routing",
+    "replay_routing",
 ]

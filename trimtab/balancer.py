@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.bias import BiasRule
+from trimtab.finalize import Losses, StepLosses, finalize
 from trimtab.hooks import MODEL_STATE, ROUTER_STATE, RouterState, after_model, after_router, before_model
 from trimtab.interleaved import MicrobatchRun, concatenate, interleave
-from trimtab.layer import Layer, RouterView, check_bias_dtype, layer_bias
+from trimtab.layer import Layer, RouterView, check_bias_dtype, layer_bias, load_layers, save_layers
 from trimtab.ledger import DeclaredTotals, Ledger
-from trimtab.measure import StepNumbers
-from trimtab.metrics import RUNNING_DECAY, LayerSnapshot, check_totals, summarize
+from trimtab.metrics import LayerSnapshot, check_totals, summarize
 from trimtab.microbatch import Context, Description, Follow, describe_given
 from trimtab.objective import Objective
 from trimtab.ranks import TokenRanks
@@ -41,6 +41,7 @@ class Balancer:
         measure_every: steps between measurements of loss values, router entropy and logits; 0 for never.
             Load, MaxVio and bias are known every step at no cost.
         ranks: process groups that counts are summed over; None for one rank.
+        losses: "injected" adds gradients during backward; "returned" gives them to the losses of `finalize`.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Balancer:
         reduction: GradReduction,
         measure_every: int = 10,
         ranks: TokenRanks | None = None,
+        losses: Losses = "injected",
     ) -> None:
         names = [objective.name for objective in objectives]
         repeated = {name for name in names if names.count(name) > 1}
@@ -71,7 +73,9 @@ class Balancer:
         )
         self.ranks = ranks or TokenRanks()
         self.context.divided = self.ranks.num_sequence_ranks > 1
-        self.ledger = Ledger(objectives, accumulation, reduction, self.ranks)
+        self.losses = losses
+        self._check_plan(accumulation)
+        self.ledger = Ledger(objectives, accumulation, reduction, self.ranks, returns=losses == "returned")
         if self.ledger.sums.is_needed:
             self.context.ledger = self.ledger
         self.layers: list[Layer] = []
@@ -192,11 +196,20 @@ class Balancer:
                 raise ValueError(f"{name}={value} must not be negative")
         if num_microbatches is not None:
             plan = Accumulation(num_microbatches=num_microbatches, order=self.accumulation.order)
+            self._check_plan(plan)
             for layer in self.layers:
                 for objective in self.objectives:
                     objective.check(layer.router.num_experts, layer.router.top_k, plan)
             self.ledger.plan = plan
         self.ledger.declare(DeclaredTotals(num_tokens, num_sequences, num_documents))
+
+    def _check_plan(self, plan: Accumulation) -> None:
+        if self.losses == "returned" and not plan.counts_are_complete:
+            raise ValueError(
+                f"losses='returned' with num_microbatches={plan.num_microbatches} in order={plan.order!r}: the "
+                "step's losses exist when its last forward has run, which is after its first backward; run all "
+                "forwards first (Accumulation(order='forward_first')), or leave losses='injected'"
+            )
 
     def microbatch(
         self,
@@ -205,6 +218,7 @@ class Balancer:
         valid_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         position_ids: Tensor | None = None,
+        num_documents: int | None = None,
         tokens: Tensor | None = None,
     ) -> Description:
         """Describe the tokens of a forward, where the model's arguments cannot.
@@ -217,6 +231,8 @@ class Balancer:
             valid_mask: (B, S), nonzero where a token counts; None for all.
             cu_seqlens: document offsets in the flattened tokens.
             position_ids: (B, S) positions that restart with each document.
+            num_documents: at most, counting each part of a document that rows divide. Without it, losses of
+                documents found by ``position_ids`` make each forward wait for it; ``cu_seqlens`` tell it.
             tokens: (t,) int64 places in the flattened (B, S) batch of the tokens that this rank's routers see,
                 where sequences are divided over ranks (`TokenRanks.sequence`); everything else describes
                 the whole batch. None for all.
@@ -234,6 +250,7 @@ class Balancer:
             valid_mask=valid_mask,
             cu_seqlens=cu_seqlens,
             position_ids=position_ids,
+            num_documents=num_documents,
             tokens=tokens,
         )
 
@@ -323,6 +340,11 @@ class Balancer:
             ValueError: with gradient accumulation, if `GradReduction.microbatches` does not say whether
                 the trainer divides by the number of microbatches.
         """
+        if self.losses == "returned":
+            raise ValueError(
+                "follow() is for losses that are injected; with losses='returned' scale them with the loss that "
+                "they are added to"
+            )
         if self.ledger.num_microbatches > 1 and self.reduction.microbatches is None:
             raise ValueError(
                 "follow() with gradient accumulation must know what the loss is: attach with "
@@ -335,6 +357,24 @@ class Balancer:
 
     # ---------------------------------------------------------------- end of a step
 
+    def finalize(self) -> StepLosses:
+        """Balance loss, z-loss and tokens per expert of the whole step, with one collective; after its forwards.
+
+        With ``losses="returned"`` they carry the gradient, and the caller adds them to its own loss:
+
+            losses = balancer.finalize()
+            (loss + losses.balance_loss + losses.z_loss).backward()
+
+        The gradient is bit for bit the one that is injected otherwise. Each rank's is of its own tokens, so that
+        ranks are reduced as for the caller's loss (`GradReduction`). With "injected" they are numbers to look at.
+        May be called again before `step`; several ranks that share a step call it together.
+
+        Raises:
+            RuntimeError: no training forward, or not all of the step's, have run; or losses are injected and this
+                step is none that ``measure_every`` measures.
+        """
+        return finalize(self.ledger)
+
     @torch.no_grad()
     def step(self) -> None:
         """End the optimiser step: move expert biases, keep what metrics need, start the next counts.
@@ -344,6 +384,12 @@ class Balancer:
         if self.model is None:
             raise RuntimeError("step() of a balancer that was removed; attach again to go on balancing")
         self._snapshots = []
+        if any(row.terms for row in self.ledger.rows) and self.ledger.numbers is None:
+            warnings.warn(
+                "balancer.step() ends a step whose losses nobody asked for: with losses='returned' gradients reach "
+                "the model only if balancer.finalize()'s losses are added to the loss before its backward",
+                stacklevel=3,
+            )
         numbers = self.ledger.finish_step()
         for layer, row, measured in zip(self.layers, self.ledger.rows, numbers, strict=True):
             if row.counts_AE is None or row.num_tokens is None:
@@ -361,7 +407,7 @@ class Balancer:
                 layer.router.add_to_expert_bias(change_E)
             elif row.statistic is not None:
                 row.statistic.clear()
-            self._snapshots.append(self._snapshot(layer, row, counts_E, bias, measured))
+            self._snapshots.append(layer.snapshot(row, measured, self.ledger.count_error(row)))
         if self.layers and not self._snapshots:
             warnings.warn(
                 "balancer.step() ends a step in which no training forward was counted; is the model in eval mode, "
@@ -370,6 +416,7 @@ class Balancer:
             )
         self._declared, self._plan = self.ledger.declared, self.ledger.plan
         self.ledger.close_step()
+        self.context.current = None  # its masks would be held until the next forward
         self.num_steps += 1
         self._arm()
 
@@ -384,27 +431,9 @@ class Balancer:
         self.context.running, self.context.current = False, None
 
     def _arm(self) -> None:
-        self.ledger.measuring = self.measure_every > 0 and (self.num_steps + 1) % self.measure_every == 0
-
-    def _snapshot(
-        self, layer: Layer, row: Any, counts_E: Tensor, bias: Tensor | None, measured: StepNumbers
-    ) -> LayerSnapshot:
-        load_E = counts_E.to(torch.float32) / counts_E.sum().clamp(min=1) * counts_E.numel()
-        running_E = layer.running_load_E
-        running_E = load_E if running_E is None else torch.lerp(load_E, running_E.to(load_E), RUNNING_DECAY)
-        layer.running_load_E = running_E
-        return LayerSnapshot(
-            name=row.name,
-            counts_E=counts_E,
-            sizes=row.sizes,
-            running_load_E=running_E,
-            sizes_range=(row.sizes_min, row.sizes_max),
-            losses=measured.losses,
-            logit_max=measured.logit_max,
-            router_entropy=measured.router_entropy,
-            count_error=self.ledger.count_error(row),
-            bias_E=None if bias is None else bias.detach().clone(),
-        )
+        every = self.measure_every
+        self.ledger.logging = every > 0 and (self.num_steps + 1) % every == 0
+        self.ledger.measuring = self.ledger.logging or self.losses == "returned"
 
     def metrics(self) -> dict[str, Any]:
         """Numbers of the step that `step` ended last; see `trimtab.metrics.summarize`. Reads the device.
@@ -454,18 +483,7 @@ class Balancer:
         """
         if self.ledger.in_step:
             raise RuntimeError("state_dict() belongs between steps; call balancer.step() first")
-        layers = {}
-        for layer, row in zip(self.layers, self.ledger.rows, strict=True):
-            entry = {
-                **row.state(),
-                "running_load_E": layer.running_load_E,
-                "momentum_E": None if layer.bias is None else layer.bias.state.momentum_E,
-                "bias_enabled": layer.bias is not None and layer.bias.enabled,
-            }
-            # On the CPU: it may be read on another rank, which has no business on this one's device.
-            layers[row.name] = {
-                name: value.cpu() if isinstance(value, Tensor) else value for name, value in entry.items()
-            }
+        layers = save_layers(self.layers, self.ledger.rows)
         return {"num_steps": self.num_steps, "bias_frozen": self.bias_frozen, "layers": layers}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -474,18 +492,6 @@ class Balancer:
         Raises:
             ValueError: the state belongs to a model with other MoE layers.
         """
-        have, given = {row.name for row in self.ledger.rows}, set(state["layers"])
-        if have != given:
-            raise ValueError(
-                f"the balancer state has layers {sorted(given - have)[:3]} that the model lacks and lacks "
-                f"{sorted(have - given)[:3]}; load it into the model it was saved with"
-            )
-        for layer, row in zip(self.layers, self.ledger.rows, strict=True):
-            saved = state["layers"][row.name]
-            row.load_state(saved)
-            layer.running_load_E = saved["running_load_E"]
-            if layer.bias is not None:
-                layer.bias.state.momentum_E = saved["momentum_E"]
-                layer.bias.enabled = saved["bias_enabled"]
+        load_layers(self.layers, self.ledger.rows, state["layers"])
         self.num_steps, self.bias_frozen = state["num_steps"], state["bias_frozen"]
         self._arm()

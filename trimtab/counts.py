@@ -102,20 +102,17 @@ def count_ids(
     Returns:
         (G, E) int64; sums to K times the number of valid tokens.
     """
-    num_tokens = ids_TK.shape[0]
-    index_TK = ids_TK
-    if num_groups > 1:
-        if group_ids_T is None:
-            group_ids_T = torch.arange(num_groups, device=ids_TK.device).repeat_interleave(
-                num_tokens // num_groups
-            )
-        index_TK = ids_TK + group_ids_T[:, None] * num_experts
     if valid_mask_T is None:
         ones_TK = torch.ones_like(ids_TK)
     else:
         ones_TK = valid_mask_T[:, None].to(torch.int64).expand_as(ids_TK)
-    flat = torch.zeros(num_groups * num_experts, dtype=torch.int64, device=ids_TK.device)
-    return flat.scatter_add_(0, index_TK.reshape(-1), ones_TK.reshape(-1)).view(num_groups, num_experts)
+    counts_GE = ids_TK.new_zeros(num_groups, num_experts)
+    if group_ids_T is None:
+        rows = (num_groups, ids_TK.numel() // max(num_groups, 1))
+        return counts_GE.scatter_add_(1, ids_TK.reshape(rows), ones_TK.reshape(rows))
+    index_TK = torch.add(ids_TK, group_ids_T[:, None], alpha=num_experts)
+    counts_GE.view(-1).scatter_add_(0, index_TK.reshape(-1), ones_TK.reshape(-1))
+    return counts_GE
 
 
 def sum_groups(values_TE: Tensor, group_ids_T: Tensor | None, num_groups: int) -> Tensor:
@@ -156,12 +153,12 @@ def load_fraction(counts_HE: Tensor, num_tokens_H: Tensor, slots_per_token: floa
 
 @dataclass(frozen=True, slots=True)
 class StepTotals:
-    """Normalisers of the step's reference objective.
+    """Normalisers of the step's reference objective, each () or (L,) for several layers.
 
     Args:
-        num_tokens: () valid tokens of the step, all microbatches and ranks.
-        num_sequences: () sequences with at least one valid token.
-        num_documents: () documents with at least one valid token.
+        num_tokens: valid tokens of the step, all microbatches and ranks.
+        num_sequences: sequences with at least one valid token.
+        num_documents: documents with at least one valid token.
         num_microbatches: M.
         num_data_ranks: ranks that have microbatches of their own.
     """
@@ -175,12 +172,15 @@ class StepTotals:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What the losses of one layer see of one microbatch and of the step around it.
+    """What the losses of layers see of one microbatch and of the step around it.
+
+    Layers of equal shape are read together: what is of a layer then has an axis L in front, and what losses
+    make of it too. Written with trailing axes alone, a loss serves both.
 
     Args:
         maps: the count maps, in the order of ``counts_AGE``.
-        counts_AGE: (A, G, E) float counts of this microbatch.
-        num_tokens_G: (G,) float valid tokens per finest group.
+        counts_AGE: (A, G, E) or (L, A, G, E) float counts of this microbatch.
+        num_tokens_G: (G,) float valid tokens per finest group, the same for all layers.
         sequence_of_group_G: (G,) int64 sequence of each document; None if the groups are sequences.
         num_sequences: B, rows of the microbatch.
         top_k: K.
@@ -205,35 +205,39 @@ class Reading:
     @property
     def num_experts(self) -> int:
         """E."""
-        return self.counts_AGE.shape[2]
+        return self.counts_AGE.shape[-1]
 
     def grouped(self, count_map: CountMap, unit: Unit) -> tuple[Tensor, Tensor]:
-        """Counts (H, E) and valid tokens (H,) per sequence or per document."""
-        counts_GE = self.counts_AGE[self.maps.index(count_map)]
-        return self.merge(counts_GE, unit), self.merge(self.num_tokens_G, unit)
+        """Counts (..., H, E) and valid tokens (H,) per sequence or per document."""
+        counts_GE = self.counts_AGE.select(-3, self.maps.index(count_map))
+        return self.merge(counts_GE, unit), self.tokens(unit)
+
+    def tokens(self, unit: Unit) -> Tensor:
+        """(H,) valid tokens per sequence or per document."""
+        return self.merge(self.num_tokens_G[:, None], unit)[:, 0]
 
     def microbatch(self, count_map: CountMap, *, local: bool = False) -> tuple[Tensor, Tensor]:
-        """Counts (E,) and valid tokens () of the microbatch on all ranks, or of one data rank's own."""
+        """Counts (..., E) and valid tokens (...) of the microbatch on all ranks, or of one data rank's own."""
         place = self.maps.index(count_map)
         if self.all_ranks is None or local:
-            return self.counts_AGE[place].sum(dim=0), self.num_tokens_G.sum()
+            return self.counts_AGE.select(-3, place).sum(dim=-2), self.num_tokens_G.sum()
         counts_AE, num_tokens = self.all_ranks
-        return counts_AE[place], num_tokens
+        return counts_AE.select(-2, place), num_tokens
 
     def step(self, count_map: CountMap, mode: CountsMode) -> tuple[Tensor, Tensor]:
-        """Counts (E,) and valid tokens () of the step, as far as ``mode`` knows them."""
+        """Counts (..., E) and valid tokens (...) of the step, as far as ``mode`` knows them."""
         counts_AE, num_tokens = self.step_counts(mode)
-        return counts_AE[self.maps.index(count_map)], num_tokens
+        return counts_AE.select(-2, self.maps.index(count_map)), num_tokens
 
-    def merge(self, values_G: Tensor, unit: Unit) -> Tensor:
-        """Sum values of the finest groups into the groups of ``unit``."""
+    def merge(self, values_GE: Tensor, unit: Unit) -> Tensor:
+        """(..., H, E) sums of (..., G, E) values of the finest groups over the groups of ``unit``."""
         if unit == "document" or self.sequence_of_group_G is None:
-            return values_G
-        out = values_G.new_zeros(self.num_sequences, *values_G.shape[1:])
-        return out.index_add_(0, self.sequence_of_group_G, values_G)
+            return values_GE
+        out = values_GE.new_zeros(*values_GE.shape[:-2], self.num_sequences, values_GE.shape[-1])
+        return out.index_add_(-2, self.sequence_of_group_G, values_GE)
 
-    def spread(self, values_H: Tensor, unit: Unit) -> Tensor:
+    def spread(self, values_HE: Tensor, unit: Unit) -> Tensor:
         """Repeat values of the groups of ``unit`` on the finest groups; the adjoint of `merge`."""
         if unit == "document" or self.sequence_of_group_G is None:
-            return values_H
-        return values_H.index_select(0, self.sequence_of_group_G)
+            return values_HE
+        return values_HE.index_select(-2, self.sequence_of_group_G)

@@ -58,10 +58,10 @@ class DeviceLevel(SequenceWise):
             )
 
     def load(self, reading: Reading) -> Tensor:
-        """(H, E) mean load fraction of each expert's device."""
+        """(..., H, E) mean load fraction of each expert's device."""
         load_HE = SequenceWise.load(self, reading)
-        load_HDe = load_HE.unflatten(1, (self.config.num_devices, -1))
-        return load_HDe.mean(dim=2, keepdim=True).expand_as(load_HDe).flatten(1)
+        load_HDe = load_HE.unflatten(-1, (self.config.num_devices, -1))
+        return load_HDe.mean(dim=-1, keepdim=True).expand_as(load_HDe).flatten(-2)
 
 
 class CommunicationLevel(DeviceLevel):
@@ -115,7 +115,7 @@ class CommunicationLevel(DeviceLevel):
         return (DeviceCounts(self.config.num_devices),)
 
     def load(self, reading: Reading) -> Tensor:
-        """(H, E) f'' of each expert's device."""
+        """(..., H, E) f'' of each expert's device."""
         counts_HE, num_tokens_H = reading.grouped(self.maps[0], self.config.unit)
         # A device's count stands at each of its experts, so slots are counted per expert too.
         slots = self.config.max_devices_per_token * reading.num_experts / self.config.num_devices

@@ -17,10 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from trimtab import ops, route_ops
-from trimtab.counts import sum_groups
+from trimtab import host_logits, ops, route_ops
+from trimtab.gradient import sum_probs
 from trimtab.routing import Routing
-from trimtab.scores import probs
 
 
 class RoutingSums(NamedTuple):
@@ -71,7 +70,7 @@ class Observed(NamedTuple):
     """A forward that a ledger has counted, where backward finds its targets; see `trimtab.ops`.
 
     Args:
-        zero: () that comes from counting.
+        zero: () that comes from counting in a traced model, or None.
         counts_AGE: (A, G, E) counts of this microbatch.
         num_tokens_G: (G,) valid tokens of each group.
         sequence_of_group_G: (G,) sequence of each group, or None.
@@ -82,7 +81,7 @@ class Observed(NamedTuple):
         needs_prob_sums: some objective reads sums of p.
     """
 
-    zero: Tensor
+    zero: Tensor | None
     counts_AGE: Tensor
     num_tokens_G: Tensor
     sequence_of_group_G: Tensor | None
@@ -157,7 +156,8 @@ def route(
             group_ids_T,
             valid_mask_T,
             routing,
-            *(None, None, None),
+            routing.sorts_logits(expert_bias_E, replay_ids_TK),
+            *(None, None, None, None),
             target_GE,
             z_weight,
             *([None] * 9),
@@ -170,10 +170,12 @@ def with_gradient(
     weights_TK: Tensor,
     ids_TK: Tensor,
     routing: Routing,
+    sorted_logits: bool,
     group_ids_T: Tensor | None,
     valid_mask_T: Tensor | None,
     observed: Observed,
     gate: Gate | None,
+    place: Tensor | None,
 ) -> Tensor:
     """The weights of a counted forward, with the gradient of everything to the logits.
 
@@ -182,10 +184,12 @@ def with_gradient(
         weights_TK: (T, K) weights that `trimtab.route_ops.forward` formed of them.
         ids_TK: (T, K) int64 ids.
         routing: settings.
+        sorted_logits: the first of a token's experts is the one with its largest logit.
         group_ids_T: (T,) group of each token, or None.
         valid_mask_T: (T,) bool, or None.
         observed: what the ledger returned for this forward.
         gate: to compute logits again, or None.
+        place: names where logits wait on the host, see `trimtab.host_logits`; None to keep them on the device.
     """
     weights_TK = FusedRouting.apply(
         logits_TE,
@@ -194,7 +198,9 @@ def with_gradient(
         group_ids_T,
         valid_mask_T,
         routing,
+        sorted_logits,
         *(gate or (None, None, None)),
+        place,
         *(None, None),
         *observed,
     )
@@ -211,9 +217,11 @@ class FusedRouting(torch.autograd.Function):
         group_ids_T: (T,) or None.
         valid_mask_T: (T,) or None.
         routing: settings.
+        sorted_logits: the first of a token's experts is the one with its largest logit.
         gate_input_TD: fields of `Gate`, or three times None.
         gate_weight_ED: same.
         gate_bias_E: same.
+        place: as of `with_gradient`.
         target_GE: targets, if no ledger knows them.
         z_weight: same.
         observed: fields of `Observed`, or nine times None.
@@ -228,9 +236,11 @@ class FusedRouting(torch.autograd.Function):
         group_ids_T: Tensor | None,
         valid_mask_T: Tensor | None,
         routing: Routing,
+        sorted_logits: bool,
         gate_input_TD: Tensor | None,
         gate_weight_ED: Tensor | None,
         gate_bias_E: Tensor | None,
+        place: Tensor | None,
         target_GE: Tensor | None,
         z_weight: Tensor | None,
         *observed: Any,
@@ -238,13 +248,19 @@ class FusedRouting(torch.autograd.Function):
         """The weights."""
         zero, counts_AGE, num_tokens_G, sequence_of_group_G, handle, ticket, *settings = observed
         ctx.routing, ctx.settings, ctx.logits_dtype = routing, settings, logits_TE.dtype
+        ctx.sorted_logits = sorted_logits
         # Targets may be filled between forward and backward, which saved tensors forbid.
         ctx.targets = (target_GE, z_weight)
+        held, rows_T0 = gate_input_TD, None
+        if gate_weight_ED is None:
+            held, rows_T0 = host_logits.hold(logits_TE, place, ticket)
         ctx.save_for_backward(
-            logits_TE if gate_weight_ED is None else gate_input_TD,
+            held,
+            rows_T0,
             gate_weight_ED,
             gate_bias_E,
-            ids_TK,
+            # With few experts 64 bits per id would be a good part of the logits' size.
+            ids_TK.to(torch.int16 if logits_TE.shape[1] <= 2**15 else torch.int32),
             group_ids_T,
             valid_mask_T,
             counts_AGE,
@@ -262,6 +278,7 @@ class FusedRouting(torch.autograd.Function):
         """Gradient of the logits, rounded once."""
         (
             held,
+            rows_T0,
             gate_weight_ED,
             gate_bias_E,
             ids_TK,
@@ -274,21 +291,19 @@ class FusedRouting(torch.autograd.Function):
             ticket,
         ) = ctx.saved_tensors
         dtype, routing = ctx.logits_dtype, ctx.routing
-        logits_TE = held
-        if gate_weight_ED is not None:
+        if gate_weight_ED is None:
+            num_experts = 0 if counts_AGE is None else counts_AGE.shape[2]
+            logits_TE = host_logits.take(grad_weights_TK, held, rows_T0, num_experts, dtype)
+        else:
             bias_E = None if gate_bias_E is None else gate_bias_E.to(dtype)
             logits_TE = F.linear(held.to(dtype), gate_weight_ED.to(dtype), bias_E)
         target_GE, z_weight = ctx.targets
-        probs_TE = None
         if handle is not None:
             num_sequences, has_z, needs_prob_sums = ctx.settings
             prob_sums_GE = None
             if needs_prob_sums:
-                probs_TE = probs(logits_TE, routing.score)
-                counted_TE = probs_TE
-                if valid_mask_T is not None:
-                    counted_TE = probs_TE.masked_fill(~valid_mask_T[:, None], 0)
-                prob_sums_GE = sum_groups(counted_TE, group_ids_T, num_tokens_G.shape[0])
+                num_groups = num_tokens_G.shape[0]
+                prob_sums_GE = sum_probs(logits_TE, routing.score, group_ids_T, valid_mask_T, num_groups)
             target_GE, z_weight = ops.bind(
                 grad_weights_TK,
                 handle,
@@ -310,9 +325,9 @@ class FusedRouting(torch.autograd.Function):
             group_ids_T,
             valid_mask_T,
             routing,
-            probs_TE,
+            ctx.sorted_logits,
         )
-        return grad_TE, *([None] * 19)
+        return grad_TE, *([None] * 21)
 
 
 def _check(logits_TE: Tensor, routing: Routing, num_groups: int, given: dict[str, Tensor | None]) -> None:

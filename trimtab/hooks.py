@@ -21,10 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from trimtab import ops
+from trimtab.host_logits import HostLogits
 from trimtab.injection import Injection
 from trimtab.ledger import Ledger
 from trimtab.microbatch import Concatenation, Context, Microbatch, describe, read_call
-from trimtab.scores import ScoreName
+from trimtab.replay import Weighing
+from trimtab.scores import ScoreName, compute_dtype
+from trimtab.taps import inherit, through
 
 ROUTER_STATE = "_trimtab_router"
 MODEL_STATE = "_trimtab_model"
@@ -41,6 +44,8 @@ class RouterState:
         top_k: K.
         unpack: (output, top_k) -> (logits_TE, weights, ids_TK).
         repack: (output, weights) -> output.
+        replace: (output, weights_TK, ids_TK) -> output; for replay alone.
+        dense_weights: the weights are (T, E), zero where an expert is not chosen.
         gate_weight: name of the gate's weight on the router if logits are computed again in backward
             from the gate's input; None to keep the logits.
         gate_bias: name of the gate's bias, or None.
@@ -49,6 +54,7 @@ class RouterState:
         bias_holder: module that holds the selection bias, needed only if the bias rule reads scores.
         bias_path: attribute path of the bias on its holder.
         fused: the router counts and injects itself as part of its forward, so that it has no hook.
+        host: where logits that are kept wait for backward; None: on the device.
     """
 
     def __init__(
@@ -61,12 +67,15 @@ class RouterState:
         top_k: int,
         unpack: Callable[[Any, int], tuple[Tensor, Tensor, Tensor]],
         repack: Callable[[Any, Tensor], Any],
+        replace: Callable[[Any, Tensor, Tensor], Any],
+        dense_weights: bool,
         gate_weight: str | None,
         gate_bias: str | None,
         keeps_input: bool,
         bias_holder: nn.Module | None = None,
         bias_path: tuple[str, ...] = (),
         fused: bool = False,
+        host: HostLogits | None = None,
     ) -> None:
         self.ledger = ledger
         self.row = row
@@ -76,25 +85,32 @@ class RouterState:
         self.top_k = top_k
         self.unpack = unpack
         self.repack = repack
+        self.replace = replace
+        self.dense_weights = dense_weights
+        self.weighing: Weighing | None = None  # of given experts, once somebody replays
         self.gate_weight = gate_weight
         self.gate_bias = gate_bias
         self.keeps_input = keeps_input
         self.bias_holder = bias_holder
         self.bias_path = bias_path
         self.fused = fused
+        self.host = host
+        self.host_device = None if host is None else host.device_type
+        self.place = None if host is None else host.handle()
         self.num_maps = len(ledger.rows[row].maps)
         self.injects = bool(ledger.objectives)
         self.has_z = any(o.reads_logits for o in ledger.objectives)
         self.needs_prob_sums = any(o.needs_prob_sums for o in ledger.objectives)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the handle, which names the ledger that a copy leaves behind."""
-        return {key: value for key, value in self.__dict__.items() if key != "handle"}
+        """Everything but the handles, which name what a copy leaves behind."""
+        return {key: value for key, value in self.__dict__.items() if key not in ("handle", "place")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore with a handle to the copied ledger."""
         self.__dict__.update(state)
         self.handle = self.ledger.handle(self.row)
+        self.place = None if self.host is None else self.host.handle()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RouterState":
         """Copy as a part of the model; a router copied by itself would count where nobody reads."""
@@ -118,9 +134,12 @@ def after_router(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         # Only where needed: gradients that meet at a view are added out of place.
         logits_TE = logits_TE.reshape(-1, logits_TE.shape[-1])
     ids_TK = ids_TK.reshape(-1, ids_TK.shape[-1])
-    microbatch = current_microbatch(state, module, gate_input, ids_TK)
-    if microbatch is None:
-        return None
+    microbatch = microbatch_of(state, module, gate_input, ids_TK)
+    tapped = microbatch.parts[0].tap is not None
+    if tapped:
+        output, weights, ids_TK = through(state, microbatch, output)
+    if not microbatch.active:
+        return output if tapped else None
     expert_bias_E = expert_bias(state)
     injects = state.injects and logits_TE.requires_grad
     gate_input_TD, gate_weight, gate_bias = (
@@ -148,6 +167,17 @@ def current_microbatch(
 ) -> Microbatch | Concatenation | None:
     """The microbatch that a router's forward is of, on its device; None if its tokens do not count.
 
+    See `microbatch_of`.
+    """
+    microbatch = microbatch_of(state, module, gate_input, routed)
+    return microbatch if microbatch.active else None
+
+
+def microbatch_of(
+    state: RouterState, module: nn.Module, gate_input: Tensor, routed: Tensor
+) -> Microbatch | Concatenation:
+    """The microbatch that a router's forward is of, whether its tokens count or not; on its device if they do.
+
     Args:
         state: of the router.
         module: the router.
@@ -156,6 +186,7 @@ def current_microbatch(
 
     Raises:
         ValueError: the router saw other tokens than the model.
+        RuntimeError: it is called by itself while a routing is replayed.
     """
     microbatch: Microbatch | Concatenation | None = state.context.current
     # Between forwards only a recomputation belongs to the last microbatch. (A compiled layer cannot ask.)
@@ -164,6 +195,11 @@ def current_microbatch(
     )
     if microbatch is None or called_alone:
         # The router is called by itself, outside the model: its input is all there is to know.
+        if state.context.taps is not None and state.context.taps.replay is not None:
+            raise RuntimeError(
+                f"{state.ledger.rows[state.row].name} is called by itself inside replay_routing(...), where it is "
+                "not known which microbatch its tokens are; call the model that the balancer is attached to"
+            )
         batch_shape = (
             (gate_input.shape[0], gate_input.shape[1]) if gate_input.dim() == 3 else (1, routed.shape[0])
         )
@@ -174,9 +210,10 @@ def current_microbatch(
             device=routed.device,
         )
         state.context.number(microbatch)
+    if microbatch.active or microbatch.parts[0].tap is not None:
+        microbatch = microbatch.to(routed.device)
     if not microbatch.active:
-        return None
-    microbatch = microbatch.to(routed.device)
+        return microbatch
     # A compiled layer takes integers that it finds on modules for constants: one graph for every size.
     if not torch.compiler.is_compiling() and microbatch.num_rows != routed.shape[0]:
         raise ValueError(
@@ -221,6 +258,11 @@ def kept_gate(
     return gate_input.detach().reshape(-1, gate_input.shape[-1]), weight.detach(), bias
 
 
+def host_place(state: RouterState, logits_TE: Tensor) -> Tensor | None:
+    """Handle of where a router's logits wait on the host; None to keep them on the device."""
+    return state.place if logits_TE.device.type == state.host_device else None
+
+
 def _balance(
     state: RouterState,
     microbatch: Microbatch,
@@ -257,12 +299,14 @@ def _balance(
         state.num_maps,
     )
     if gate is None:
-        return weights + zero.to(weights.dtype)
+        return weights if zero is None else weights + zero.to(weights.dtype)
+    returns = state.ledger.returns
     injected: Tensor = Injection.apply(
-        weights,
+        logits_TE.new_zeros(2, dtype=compute_dtype(logits_TE.dtype)) if returns else weights,
         zero,
         logits_TE,
         *gate,
+        host_place(state, logits_TE),
         counts_AGE,
         microbatch.num_tokens_G,
         microbatch.sequence_of_group_G,
@@ -274,8 +318,30 @@ def _balance(
         state.score,
         state.has_z,
         state.needs_prob_sums,
+        returns,
     )
+    if returns:
+        _keep_term(state, microbatch, injected)
+        return weights
     return injected
+
+
+def _keep_term(state: RouterState, microbatch: Microbatch, term: Tensor) -> None:
+    """Keep what `trimtab.finalize` adds to the losses of the step.
+
+    Raises:
+        RuntimeError: reentrant checkpointing, whose backward alone knows the router's gradients.
+    """
+    row = state.ledger.rows[state.row]
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        if not any(ticket is microbatch.ticket for ticket, _ in row.terms):
+            raise RuntimeError(
+                f"{row.name}: losses='returned' cannot be had inside reentrant checkpointing, whose forward has no "
+                "gradients to return losses with; checkpoint with use_reentrant=False, or attach with "
+                "losses='injected'"
+            )
+        return
+    row.terms.append((microbatch.ticket, term))
 
 
 def before_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -284,11 +350,14 @@ def before_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     active = context.counting or (torch.is_grad_enabled() and module.training)
     if _speaks_for_itself(context, active):
         return
+    before = context.current
     if context.explicit is not None:
         context.current = context.explicit.with_active(active)
     else:
         context.current = read_call(context, module, args, kwargs)
     context.number(context.current)
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        inherit(before, context.current)
     context.running = True
 
 
@@ -309,10 +378,12 @@ def after_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         return  # the hook before the model did nothing either
     context.running = False
     microbatch = context.current
-    if not torch.compiler.is_compiling() and microbatch is not None and microbatch.active:
-        if context.ledger is not None:
-            for part in microbatch.parts:
-                context.ledger.end_forward(int(part.ticket))
+    if torch.compiler.is_compiling() or microbatch is None:
+        return
+    if microbatch.active and context.ledger is not None:
+        for part in microbatch.parts:
+            context.ledger.end_forward(int(part.ticket))
+    if microbatch.active or microbatch.parts[0].tap is not None:
         mark(output, context, microbatch)
 
 

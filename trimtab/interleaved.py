@@ -100,9 +100,8 @@ class MicrobatchRun:
     def _drop(self) -> None:
         """Forget what it counted, unless it has ended."""
         self.ended = True
-        if self.ledger.under_way is not None:
-            for part in self.microbatch.parts:
-                self.ledger.under_way.drop(int(part.ticket))
+        for part in self.microbatch.parts:
+            self.ledger.drop_forward(int(part.ticket))
 
     def _layers(self) -> frozenset[int]:
         """Layers that have counted it."""

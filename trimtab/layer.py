@@ -3,6 +3,7 @@
 Shapes: E experts, K top-k.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from typing import Any, Protocol
@@ -11,6 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.bias import BiasRule, LayerBias
+from trimtab.measure import StepNumbers
+from trimtab.metrics import RUNNING_DECAY, LayerSnapshot
+from trimtab.row import Row
 from trimtab.scores import ScoreName
 
 
@@ -82,6 +86,30 @@ class Layer:
     running_load_E: Tensor | None = None
     hooks: list[Any] = field(default_factory=list)
 
+    def snapshot(self, row: Row, measured: StepNumbers, count_error: Tensor | None) -> LayerSnapshot:
+        """What metrics need of the step that ends; moves the running load on."""
+        assert row.counts_AE is not None
+        assert row.sizes is not None
+        assert row.sizes_min is not None
+        assert row.sizes_max is not None
+        counts_E, bias_E = row.counts_AE[0], self.router.expert_bias
+        load_E = counts_E.to(torch.float32) / counts_E.sum().clamp(min=1) * counts_E.numel()
+        running_E = self.running_load_E
+        running_E = load_E if running_E is None else torch.lerp(load_E, running_E.to(load_E), RUNNING_DECAY)
+        self.running_load_E = running_E
+        return LayerSnapshot(
+            name=row.name,
+            counts_E=counts_E,
+            sizes=row.sizes,
+            running_load_E=running_E,
+            sizes_range=(row.sizes_min, row.sizes_max),
+            losses=measured.losses,
+            logit_max=measured.logit_max,
+            router_entropy=measured.router_entropy,
+            count_error=count_error,
+            bias_E=None if bias_E is None else bias_E.detach().clone(),
+        )
+
 
 def layer_bias(rule: BiasRule | None, router: RouterView) -> LayerBias | None:
     """Bias balancing of one layer; None if no rule wants to move this router's bias.
@@ -118,3 +146,46 @@ def check_bias_dtype(name: str, bias: Tensor, rule: BiasRule) -> None:
             f"the expert bias of {name} is {bias.dtype}, in which updates of {rule.config.speed:g} are lost; "
             "keep it in float32, as transformers does when a checkpoint is loaded"
         )
+
+
+def save_layers(layers: Sequence[Layer], rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """What the next step needs of each layer, by name, on the CPU."""
+    saved = {}
+    for layer, row in zip(layers, rows, strict=True):
+        entry: dict[str, Any] = {
+            **row.state(),
+            "running_load_E": layer.running_load_E,
+            "momentum_E": None if layer.bias is None else layer.bias.state.momentum_E,
+            "bias_enabled": layer.bias is not None and layer.bias.enabled,
+        }
+        # On the CPU: it may be read on another rank, which has no business on this one's device.
+        saved[row.name] = {
+            name: value.cpu() if isinstance(value, Tensor) else value for name, value in entry.items()
+        }
+    return saved
+
+
+def load_layers(layers: Sequence[Layer], rows: Sequence[Row], saved: Mapping[str, Mapping[str, Any]]) -> None:
+    """Restore what `save_layers` returned.
+
+    Raises:
+        ValueError: the state belongs to a model with other MoE layers.
+    """
+    have, given = {row.name for row in rows}, set(saved)
+    if have != given:
+        raise ValueError(
+            f"the balancer state has layers {sorted(given - have)[:3]} that the model lacks and lacks "
+            f"{sorted(have - given)[:3]}; load it into the model it was saved with"
+        )
+    for layer, row in zip(layers, rows, strict=True):
+        device = next(layer.router.module.parameters()).device
+        # Moved here once, or the first step would copy it in each of its backwards, and wait.
+        entry: dict[str, Any] = {
+            name: value.to(device) if isinstance(value, Tensor) else value
+            for name, value in saved[row.name].items()
+        }
+        row.load_state(entry)
+        layer.running_load_E = entry["running_load_E"]
+        if layer.bias is not None:
+            layer.bias.state.momentum_E = entry["momentum_E"]
+            layer.bias.enabled = entry["bias_enabled"]

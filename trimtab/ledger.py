@@ -17,12 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.counts import CountMap, CountsMode, ExecutedCounts, Reading, StepTotals
-from trimtab.measure import MeasuredForward, StepNumbers, finish, measure_forward
+from trimtab.counts import CountMap, ExecutedCounts, Reading, StepTotals, load_fraction
+from trimtab.measure import (
+    MeasuredForward,
+    StepNumbers,
+    conclude,
+    largest_logits,
+    lay_down,
+    measure_forward,
+)
 from trimtab.objective import Objective
 from trimtab.ranks import TokenRanks
+from trimtab.reading import Groups, layer_targets, prob_targets, read_layers
 from trimtab.reduction import CountReduction
-from trimtab.row import ForwardsUnderWay, Row, batch_sizes
+from trimtab.row import ForwardsUnderWay, Row, add_counts, alike, batch_sizes
 from trimtab.scale import Accumulation, GradReduction
 from trimtab.scores import ScoreName
 
@@ -60,6 +68,7 @@ class Ledger:
         accumulation: how microbatches follow each other.
         reduction: how the host trainer treats gradients.
         ranks: who holds which tokens.
+        returns: gradients belong to losses that `trimtab.finalize` returns, and are not injected.
     """
 
     def __init__(
@@ -68,20 +77,24 @@ class Ledger:
         accumulation: Accumulation,
         reduction: GradReduction,
         ranks: TokenRanks,
+        *,
+        returns: bool = False,
     ) -> None:
         self.objectives = tuple(objectives)
         self.accumulation = accumulation
         self.reduction = reduction
         self.ranks = ranks
+        self.returns = returns
         self.sums = CountReduction(ranks, objectives)
         self.rows: list[Row] = []
         self.plan = accumulation  # of the current step
         self.declared = DeclaredTotals()
         self.loss_scale: Tensor | None = None  # what the trainer multiplied the followed loss by
         self.counting = False  # inside a counting pass
-        self.measuring = False
+        self.measuring = False  # losses of the step
+        self.logging = False  # and its largest logit, for the log
+        self.numbers: list[StepNumbers] | None = None  # of this step, once its sums over ranks are complete
         self.under_way: ForwardsUnderWay | None = None  # while several forwards run by turns
-        self._read_counts: dict[tuple[int, int, CountsMode], tuple[Tensor, Tensor]] = {}
         self._register()
 
     @property
@@ -145,11 +158,16 @@ class Ledger:
         """
         row = self.rows[row_index]
         counts_AGE = self._count(
-            row, logits_TE, ids_TK, group_ids_T, valid_mask_T, len(num_tokens_G), executed_GE
+            row, logits_TE, ids_TK, group_ids_T, valid_mask_T, num_tokens_G.shape[0], executed_GE
         )
         # Inside a backward pass this forward is a recomputation: its tokens are counted already.
         if torch._C._current_graph_task_id() != -1:
             return counts_AGE
+        if self.numbers is not None:
+            raise RuntimeError(
+                f"{row.name}: a training forward after balancer.finalize(), whose losses are of the whole step; "
+                "run all its forwards before, and balancer.step() after the optimiser step"
+            )
         into = row if self.under_way is None else self.under_way.row(ticket, row_index)
         self._check_room(row_index)
         if self.counting:
@@ -157,17 +175,13 @@ class Ledger:
         else:
             into.num_forwards += 1
         counted_ahead = self.plan.order == "counting_pass" and not self.counting
-        sizes = batch_sizes(num_tokens_G, sequence_of_group_G, num_sequences)
-        if self.sums.is_needed:
-            self.sums.observe(
-                ticket, row_index, counts_AGE, sizes, adds=not counted_ahead, under_way=into is not row
-            )
-        if not counted_ahead:
-            if not self.sums.sums_totals:
-                into.add(counts_AGE.sum(dim=1), sizes)
-            if into.statistic is not None:
-                assert expert_bias_E is not None
-                into.statistic.add(logits_TE, row.score, row.top_k, expert_bias_E, valid_mask_T)
+        if ticket not in self.sums.forwards:
+            sizes = batch_sizes(num_tokens_G, sequence_of_group_G, num_sequences)
+            self.sums.begin(ticket, sizes, self.rows, adds=not counted_ahead, under_way=into is not row)
+        self.sums.observe(ticket, row_index, counts_AGE)
+        if into.statistic is not None and not counted_ahead:
+            assert expert_bias_E is not None
+            into.statistic.add(logits_TE, row.score, row.top_k, expert_bias_E, valid_mask_T)
         if self.measuring and not self.counting:
             into.measured.append(
                 measure_forward(
@@ -189,6 +203,12 @@ class Ledger:
         if self.under_way is not None:
             self.under_way.end(ticket)
         self.sums.start(ticket, self.rows)
+
+    def drop_forward(self, ticket: int) -> None:
+        """Forget what a forward counted that was broken off by turns with others; nothing if it has ended."""
+        if self.under_way is not None and ticket in self.under_way:
+            self.under_way.drop(ticket)
+            self.sums.drop(ticket)
 
     def _check_room(self, row_index: int) -> None:
         """Raise if the step has had all its microbatches: its counts and weights would be wrong."""
@@ -220,10 +240,7 @@ class Ledger:
         counted = [] if executed_GE is None else [executed_GE]
         for count_map in row.maps[len(counted) :]:
             counted.append(count_map(ids_TK, logits_TE, group_ids_T, valid_mask_T, num_groups))
-        if len(counted) == 1 and executed_GE is None:
-            return counted[0][None]
-        # A copy: an operator must not return what it was given.
-        return torch.stack(counted)
+        return counted[0][None] if len(counted) == 1 else torch.stack(counted)
 
     # ---------------------------------------------------------------- backward: read
 
@@ -238,8 +255,10 @@ class Ledger:
         prob_sums_GE: Tensor | None,
         dtype: torch.dtype,
         half: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """Targets of all objectives (G, E) and the z-loss weight (), with the gradient scale in them.
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Targets of all objectives (G or 1, E) and the z-loss weight (), with the gradient scale in them.
+
+        The first call of a forward forms those of all its layers that are alike. None where no objective has any.
 
         Raises:
             RuntimeError: the step does not run in the declared order, or float16 logits would lose gradients
@@ -251,108 +270,43 @@ class Ledger:
                 f"{row.name}: backward runs before the forward of its microbatch has ended; leave the block of "
                 "balancer.interleaved(...) first, or say run.end() when a microbatch is through its last layer"
             )
-        self.sums.settle(self.rows)
-        self._check_order(row)
-        if half and self.loss_scale is None:
+        self.settle()
+        if half and self.loss_scale is None and not self.returns:
             raise RuntimeError(
                 f"{row.name}: the logits are float16, in which gradients of balance losses vanish unless they "
                 "follow a loss scale; use balancer.follow(loss) with a gradient scaler, or bfloat16"
             )
-        reading = self._reading(
-            row_index,
-            ticket,
-            counts_AGE,
-            num_tokens_G,
-            sequence_of_group_G,
-            num_sequences,
-            prob_sums_GE,
-            dtype,
-        )
-        target_GE = reading.num_tokens_G.new_zeros(len(num_tokens_G), row.num_experts)
-        z_weight = reading.num_tokens_G.new_zeros(())
-        for objective in self.objectives:
-            target = objective.targets(reading)
-            if target is not None:
-                target_GE = target_GE + target
-            weight = objective.z_weight(reading)
-            if weight is not None:
-                z_weight = z_weight + weight
-        scale: float | Tensor = self.reduction.factor
-        if self.loss_scale is not None:
-            share = self.num_microbatches if self.reduction.microbatches == "mean" else 1
-            scale = self.loss_scale.to(target_GE.device, dtype) * (scale * share)
-        return target_GE * scale, z_weight * scale
+        groups = Groups(num_tokens_G, sequence_of_group_G, num_sequences)
+        target_GE, z_weight = self._bound(row_index, ticket, counts_AGE, groups, dtype)
+        if prob_sums_GE is not None:
+            own_GE = prob_targets(self, row_index, ticket, counts_AGE, groups, prob_sums_GE)
+            target_GE = own_GE if target_GE is None else target_GE + own_GE
+        return target_GE, z_weight
 
-    def _reading(
-        self,
-        row_index: int,
-        ticket: int,
-        counts_AGE: Tensor,
-        num_tokens_G: Tensor,
-        sequence_of_group_G: Tensor | None,
-        num_sequences: int,
-        prob_sums_GE: Tensor | None,
-        dtype: torch.dtype,
-    ) -> Reading:
-        row = self.rows[row_index]
-        counts_AGE = self.sums.groups(ticket, row_index, counts_AGE).to(dtype)
-        num_tokens_G = num_tokens_G.to(dtype)
-        total = self.sums.totals(ticket, row_index)
-        all_ranks = None if total is None else (total[0].to(dtype), total[1][0].to(dtype))
+    def _bound(
+        self, row_index: int, ticket: int, counts_AGE: Tensor, groups: Groups, dtype: torch.dtype
+    ) -> tuple[Tensor | None, Tensor | None]:
+        forward = self.sums.forwards.get(ticket)
+        found = None if forward is None else forward.targets.pop(row_index, None)
+        if found is not None and all(tensor is None or tensor.dtype == dtype for tensor in found):
+            return found
+        if forward is None or row_index not in forward.counts:
+            # It was read before (a backward that runs in two passes), or its step has ended.
+            return layer_targets(self, [row_index], ticket, [counts_AGE], groups, dtype)[row_index]
+        places = next(places for places in alike(self.rows, forward.counts) if row_index in places)
+        counts = [forward.counts[place] for place in places]
+        forward.targets.update(layer_targets(self, places, ticket, counts, groups, dtype))
+        if not self.sums.sums_groups:
+            for place in places:
+                del forward.counts[place]
+        return forward.targets.pop(row_index)
 
-        def step_counts(mode: CountsMode) -> tuple[Tensor, Tensor]:
-            key = (ticket, row_index, mode)
-            if key not in self._read_counts:
-                # A schedule may run one backward twice, for inputs and for weights: both read the same.
-                self._read_counts[key] = row.step_counts(mode, self.num_microbatches, dtype)
-            counts_AE, num_tokens = self._read_counts[key]
-            row.note_used(row.load(counts_AE, num_tokens))
-            return counts_AE, num_tokens
+    def settle(self) -> list[Row]:
+        """The rows, when the counts of all forwards that have ended have joined them; waits for sums over ranks."""
+        self.sums.settle(self.rows)
+        return self.rows
 
-        return Reading(
-            maps=row.maps,
-            counts_AGE=counts_AGE,
-            num_tokens_G=num_tokens_G,
-            sequence_of_group_G=sequence_of_group_G,
-            num_sequences=num_sequences,
-            top_k=row.top_k,
-            totals=self._totals(row, num_tokens_G, sequence_of_group_G, num_sequences, total),
-            step_counts=step_counts,
-            prob_sums_GE=prob_sums_GE,
-            all_ranks=all_ranks,
-        )
-
-    def _totals(
-        self,
-        row: Row,
-        num_tokens_G: Tensor,
-        sequence_of_group_G: Tensor | None,
-        num_sequences: int,
-        all_ranks: tuple[Tensor, Tensor] | None,
-    ) -> StepTotals:
-        """Totals as declared, else those counted where counting is complete, else M times this microbatch's.
-
-        Where counts are not summed over ranks, R times this rank's.
-        """
-        data_ranks = self.reduction.num_ranks // self.ranks.num_sequence_ranks
-        share = 1 if self.sums.sums_totals else data_ranks
-        if self.plan.counts_are_complete and row.sizes is not None:
-            sizes = row.sizes * share
-        else:
-            if all_ranks is not None:
-                sizes = all_ranks[1]
-            else:
-                sizes = batch_sizes(num_tokens_G, sequence_of_group_G, num_sequences)
-            sizes = sizes * (self.num_microbatches * share)
-        counted = sizes.to(num_tokens_G.dtype).unbind()
-        declared = (self.declared.num_tokens, self.declared.num_sequences, self.declared.num_documents)
-        tokens, sequences, documents = (
-            known if total is None else known.new_full((), total)
-            for total, known in zip(declared, counted, strict=True)
-        )
-        return StepTotals(tokens, sequences, documents, self.num_microbatches, data_ranks)
-
-    def _check_order(self, row: Row) -> None:
+    def check_order(self, row: Row) -> None:
         """Raise if counts that were to be complete by now are not: weights and counts would be wrong."""
         plan = self.plan
         promised = plan.order == "counting_pass" or (
@@ -367,15 +321,17 @@ class Ledger:
 
     # ---------------------------------------------------------------- end of step
 
-    def finish_step(self) -> list[StepNumbers]:
-        """Complete the step's counts over ranks; what was measured of each row.
+    def sum_step(self) -> list[StepNumbers]:
+        """Complete the step's counts over ranks, and what was measured of each row, with one collective; once.
 
         Raises:
             RuntimeError: forwards of the step are under way.
         """
         if self.under_way is not None:
             raise RuntimeError("balancer.step() inside balancer.interleaved(...); leave the block first")
-        self.sums.settle(self.rows)
+        if self.numbers is not None:
+            return self.numbers
+        self.settle()
         counted = [row for row in self.rows if row.counts_AE is not None]
         if counted and self.ranks.tokens is not None:
             # Other ranks may have run layers that this one did not.
@@ -384,9 +340,8 @@ class Ledger:
             assert some.sizes is not None
             for row in self.rows:
                 if row.counts_AE is None:
-                    row.add(
-                        some.counts_AE.new_zeros(len(row.maps), row.num_experts), torch.zeros_like(some.sizes)
-                    )
+                    nothing_AE = some.counts_AE.new_zeros(len(row.maps), row.num_experts)
+                    add_counts([row], nothing_AE[None], torch.zeros_like(some.sizes)[None])
             counted = self.rows
         statistics = [row.statistic for row in counted if row.statistic is not None]
         tensors: list[Tensor] = []
@@ -399,40 +354,52 @@ class Ledger:
                 tensors += [row.counts_AE, row.sizes * speaks]
         num_counts = len(tensors)
         tensors += [statistic.counts() for statistic in statistics]
+        num_integers = len(tensors)
+        measured = [place for place, row in enumerate(self.rows) if row.measured]
+        if measured and self.ranks.tokens is not None:
+            measured = list(range(len(self.rows)))
+        for place in measured:
+            tensors += self._lay_down(place)
         summed = self.sums.sum_step(tensors)
         pairs = zip(counted, summed[0:num_counts:2], summed[1:num_counts:2], strict=False)
         for row, counts_AE, sizes in pairs:
             row.counts_AE, row.sizes = counts_AE, sizes
-        for statistic, histogram_EN in zip(statistics, summed[num_counts:], strict=True):
+        for statistic, histogram_EN in zip(statistics, summed[num_counts:num_integers], strict=True):
             statistic.histogram_EN = histogram_EN
-        return finish(
-            self.objectives,
-            [row.measured for row in self.rows],
-            self._read_measured,
-            self._read_final,
-            self.ranks,
-        )
+        self.numbers = [StepNumbers() for _ in self.rows]
+        per_row = len(self.objectives) + 1
+        for i, place in enumerate(measured):
+            sums = summed[num_integers + i * per_row : num_integers + (i + 1) * per_row]
+            self.numbers[place] = conclude(self.objectives, sums, self._read_final(place))
+        return self.numbers
 
-    def _read_measured(self, row_index: int, one: MeasuredForward) -> Reading:
-        """What a loss sees of one measured microbatch."""
-        return self._reading(
-            row_index,
-            one.ticket,
-            one.counts_AGE,
-            one.num_tokens_G,
-            one.sequence_of_group_G,
-            one.num_sequences,
-            None,
-            one.prob_sums_GE.dtype,
-        )
+    def finish_step(self) -> list[StepNumbers]:
+        """`sum_step`, and the largest logit where the log wants it."""
+        numbers = self.sum_step()
+        if self.logging:
+            maxima = largest_logits([row.measured for row in self.rows], self.ranks)
+            for one, logit_max in zip(numbers, maxima, strict=True):
+                one.logit_max = logit_max
+        return numbers
+
+    def _lay_down(self, place: int) -> list[Tensor]:
+        """What one row measured, as this rank's part of the sum."""
+        row = self.rows[place]
+
+        def read(one: MeasuredForward) -> Reading:
+            groups = Groups(one.num_tokens_G, one.sequence_of_group_G, one.num_sequences)
+            return read_layers(self, [place], one.ticket, [one.counts_AGE], groups, one.prob_sums_GE.dtype)
+
+        sums = lay_down(self.objectives, row.measured, read, row.num_experts, self.ranks)
+        assert row.counts_AE is not None
+        return [values.to(row.counts_AE.device) for values in sums]
 
     def _read_final(self, row_index: int) -> Reading:
         """What a loss of step scope sees of the whole step."""
         row = self.rows[row_index]
         assert row.counts_AE is not None
         assert row.num_tokens is not None
-        dtype = row.measured[0].prob_sums_GE.dtype
-        counts_AE, num_tokens = row.counts_AE.to(dtype), row.num_tokens.to(dtype)
+        counts_AE, num_tokens = row.counts_AE.double(), row.num_tokens.double()
         return Reading(
             maps=row.maps,
             counts_AGE=counts_AE[:, None],
@@ -450,7 +417,7 @@ class Ledger:
             return None
         assert row.num_tokens is not None
         dtype = row.used_min_AE.dtype
-        final_AE = row.load(row.counts_AE.to(dtype), row.num_tokens.to(dtype))
+        final_AE = load_fraction(row.counts_AE.to(dtype), row.num_tokens.to(dtype), row.top_k)
         return torch.maximum(row.used_max_AE - final_AE, final_AE - row.used_min_AE).amax()
 
     def close_step(self) -> None:
@@ -479,7 +446,7 @@ class Ledger:
         if self.under_way is not None:
             self.under_way.clear()
         self.sums.clear()
-        self._read_counts = {}
+        self.numbers = None
         self.declare(DeclaredTotals())
         self.plan = self.accumulation
         self.loss_scale = None

@@ -1,6 +1,6 @@
 """Balance objectives: one formula, several scopes; and z-loss.
 
-Shapes: T tokens, E experts, K top-k, G finest groups, H groups of one loss.
+Shapes: T tokens, E experts, K top-k, G finest groups, H groups of one loss; ... nothing, or L layers read together.
 
 Each class states its own scope, normaliser and source; `trimtab.objective` says what they share.
 """
@@ -95,25 +95,24 @@ class SequenceWise(Objective):
         return load_fraction(counts_HE, num_tokens_H, reading.top_k)
 
     def targets(self, reading: Reading) -> Tensor:
-        """(G, E): coef * f_g / (B n_g), or coef * f_g / N."""
-        totals = reading.totals
-        num_tokens_H = reading.merge(reading.num_tokens_G, self.config.unit)
+        """(..., G, E): coef * f_g / (B n_g), or coef * f_g / N."""
+        num_tokens_H = reading.tokens(self.config.unit)
+        total = getattr(reading.totals, self.totals[0]).clamp(min=1)[..., None]
         if self.config.weighting == "token":
-            weight_H = (num_tokens_H > 0) / totals.num_tokens.clamp(min=1)
+            weight_H = (num_tokens_H > 0) / total
         else:
-            num_groups = getattr(totals, self.totals[0])
-            weight_H = (num_tokens_H > 0) / (num_groups.clamp(min=1) * num_tokens_H.clamp(min=1))
-        return reading.spread(self.coef * weight_H[:, None] * self.load(reading), self.config.unit)
+            weight_H = (num_tokens_H > 0) / (total * num_tokens_H.clamp(min=1))
+        return reading.spread(self.coef * weight_H[..., None] * self.load(reading), self.config.unit)
 
     def measure(
         self, reading: Reading, prob_sums_GE: Tensor, squared_lse_sum: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Sum over groups of their losses, and their number (or their tokens)."""
-        num_tokens_H = reading.merge(reading.num_tokens_G, self.config.unit)
+        num_tokens_H = reading.tokens(self.config.unit)
         mean_probs_HE = reading.merge(prob_sums_GE, self.config.unit) / num_tokens_H.clamp(min=1)[:, None]
-        loss_H = (self.load(reading) * mean_probs_HE).sum(dim=1)
+        loss_H = (self.load(reading) * mean_probs_HE).sum(dim=-1)
         weight_H = num_tokens_H if self.config.weighting == "token" else (num_tokens_H > 0).to(loss_H.dtype)
-        return (loss_H * weight_H).sum(), weight_H.sum()
+        return (loss_H * weight_H).sum(dim=-1), weight_H.sum()
 
 
 class BatchWise(Objective):
@@ -181,11 +180,12 @@ class BatchWise(Objective):
         return self.config.local
 
     def targets(self, reading: Reading) -> Tensor:
-        """(1, E): coef * f / (M n), with ``local`` over data ranks."""
+        """(..., 1, E): coef * f / (M n), with ``local`` over data ranks."""
         counts_E, num_tokens = reading.microbatch(self.maps[0], local=self.local)
         load_E = load_fraction(counts_E, num_tokens, reading.top_k)
         num_batches = reading.totals.num_microbatches * (reading.totals.num_data_ranks if self.local else 1)
-        return (self.coef * load_E / (num_batches * num_tokens.clamp(min=1)))[None]
+        weight = self.coef / (num_batches * num_tokens.clamp(min=1))
+        return (weight[..., None] * load_E)[..., None, :]
 
     def measure(
         self, reading: Reading, prob_sums_GE: Tensor, squared_lse_sum: Tensor
@@ -193,7 +193,7 @@ class BatchWise(Objective):
         """The microbatch's loss, and 1."""
         counts_E, num_tokens = reading.microbatch(self.maps[0], local=self.local)
         load_E = load_fraction(counts_E, num_tokens, reading.top_k)
-        loss = (load_E * prob_sums_GE.sum(dim=0)).sum() / num_tokens.clamp(min=1)
+        loss = (load_E * prob_sums_GE.sum(dim=-2)).sum(dim=-1) / num_tokens.clamp(min=1)
         return loss, torch.ones_like(loss)
 
 
@@ -262,10 +262,11 @@ class GlobalBatch(Objective):
         return ("num_tokens",)
 
     def targets(self, reading: Reading) -> Tensor:
-        """(1, E): coef * f / N."""
+        """(..., 1, E): coef * f / N."""
         counts_E, num_tokens = reading.step(self.maps[0], self.config.counts)
         load_E = load_fraction(counts_E, num_tokens, reading.top_k)
-        return (self.coef * load_E / reading.totals.num_tokens.clamp(min=1))[None]
+        weight = self.coef / reading.totals.num_tokens.clamp(min=1)
+        return (weight[..., None] * load_E)[..., None, :]
 
     def measure(
         self, reading: Reading, prob_sums_GE: Tensor, squared_lse_sum: Tensor
@@ -273,7 +274,7 @@ class GlobalBatch(Objective):
         """The step's loss with its final counts, and 1."""
         counts_E, num_tokens = reading.step(self.maps[0], "exact")
         load_E = load_fraction(counts_E, num_tokens, reading.top_k)
-        loss = (load_E * prob_sums_GE.sum(dim=0)).sum() / num_tokens.clamp(min=1)
+        loss = (load_E * prob_sums_GE.sum(dim=-2)).sum(dim=-1) / num_tokens.clamp(min=1)
         return loss, torch.ones_like(loss)
 
 
@@ -316,23 +317,23 @@ class ImportanceCV(Objective):
         return self.config.local
 
     def targets(self, reading: Reading) -> Tensor:
-        """(1, E): coef / M * dL/dI."""
+        """(..., 1, E): coef / M * dL/dI."""
         assert reading.prob_sums_GE is not None
-        importance_E = reading.prob_sums_GE.sum(dim=0)
-        mean = importance_E.mean()
+        importance_E = reading.prob_sums_GE.sum(dim=-2)
+        mean = importance_E.mean(dim=-1, keepdim=True)
         mean = torch.where(mean > 0, mean, 1.0)
-        variance = importance_E.var(correction=0)
+        variance = importance_E.var(dim=-1, correction=0, keepdim=True)
         slope_E = 2 / reading.num_experts * ((importance_E - mean) / mean**2 - variance / mean**3)
         totals = reading.totals
-        return (self.coef / (totals.num_microbatches * totals.num_data_ranks) * slope_E)[None]
+        return (self.coef / (totals.num_microbatches * totals.num_data_ranks) * slope_E)[..., None, :]
 
     def measure(
         self, reading: Reading, prob_sums_GE: Tensor, squared_lse_sum: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The microbatch's loss, and 1."""
-        importance_E = prob_sums_GE.sum(dim=0)
-        mean = importance_E.mean()
-        loss = importance_E.var(correction=0) / torch.where(mean > 0, mean, 1.0) ** 2
+        importance_E = prob_sums_GE.sum(dim=-2)
+        mean = importance_E.mean(dim=-1)
+        loss = importance_E.var(dim=-1, correction=0) / torch.where(mean > 0, mean, 1.0) ** 2
         return loss, torch.ones_like(loss)
 
 
@@ -362,7 +363,7 @@ class ZLoss(Objective):
         return ("num_tokens",)
 
     def z_weight(self, reading: Reading) -> Tensor:
-        """(): coef / N."""
+        """(...): coef / N."""
         return self.coef / reading.totals.num_tokens.clamp(min=1)
 
     def measure(

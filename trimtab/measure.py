@@ -101,81 +101,80 @@ class StepNumbers:
     router_entropy: Tensor | None = None
 
 
-@dataclass(slots=True)
-class _Sums:
-    """Numerators and denominators of one layer, and its largest logit."""
-
-    pairs: list[Tensor]
-    logit_max: Tensor
-
-
-def finish(
+def lay_down(
     objectives: Sequence[Objective],
-    layers: Sequence[Sequence[MeasuredForward]],
-    read: Callable[[int, MeasuredForward], Reading],
-    read_step: Callable[[int], Reading],
+    forwards: Sequence[MeasuredForward],
+    read: Callable[[MeasuredForward], Reading],
+    num_experts: int,
     ranks: TokenRanks,
-) -> list[StepNumbers]:
-    """Losses, entropy and largest logit of each layer, over all microbatches and ranks.
+) -> list[Tensor]:
+    """This rank's part of what one layer's numbers are made of, float64, to be summed over ranks.
 
     Args:
         objectives: whose losses.
-        layers: the step's forwards of each layer; a layer that was not measured has none.
-        read: (layer, forward) -> what the losses of that microbatch see.
-        read_step: layer -> what a loss of step scope sees, with the final counts.
-        ranks: one sum and one maximum over them, for all layers together.
+        forwards: the step's forwards of the layer; none if another rank ran it.
+        read: what the losses of one of them see.
+        num_experts: E.
+        ranks: who holds which tokens.
+
+    Returns:
+        For each objective (2,) numerator and denominator; of one of step scope, which needs the final counts,
+        (E + 1,) sums of p and of lse^2. Last (2,) entropy and tokens.
     """
-    sums = {
-        i: _sum_layer(objectives, i, forwards, read, read_step, ranks)
-        for i, forwards in enumerate(layers)
-        if forwards
-    }
-    numbers = [StepNumbers() for _ in layers]
-    if not sums:
-        return numbers
-    # Layers of one process may lie on several devices.
-    device = next(iter(sums.values())).logit_max.device
-    if ranks.tokens is not None:
-        # A layer that this rank did not run may have run on others.
-        nothing = torch.zeros((), dtype=torch.float64, device=device)
-        missing = _Sums([nothing] * (2 * len(objectives) + 2), nothing - torch.inf)
-        sums = {layer: sums.get(layer, missing) for layer in range(len(layers))}
-    flat = torch.stack([value.to(device) for layer in sums.values() for value in layer.pairs])
-    maxima = torch.stack([layer.logit_max.to(device) for layer in sums.values()])
-    if ranks.tokens is not None:
-        dist.all_reduce(flat, group=ranks.tokens)
-        dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=ranks.tokens)
-    names = [objective.name for objective in objectives]
-    for place, (layer, values) in enumerate(zip(sums, flat.view(len(sums), -1, 2), strict=True)):
-        means = (values[:, 0] / torch.where(values[:, 1] > 0, values[:, 1], 1.0)).unbind()
-        numbers[layer] = StepNumbers(dict(zip(names, means, strict=False)), maxima[place], means[-1])
+    parts = []
+    for objective in objectives:
+        if objective.scope == "step":
+            sums = [torch.cat([one.prob_sums_GE.sum(dim=0), one.squared_lse_sum[None]]) for one in forwards]
+            parts.append((num_experts + 1, sums))
+            continue
+        # A numerator is linear in this rank's probabilities. A denominator is known to all ranks that share
+        # the group alike, and one of them speaks.
+        speaks = int(ranks.is_first_of_step if objective.reads_totals else ranks.is_first_of_sequence)
+        pairs = [objective.measure(read(one), one.prob_sums_GE, one.squared_lse_sum) for one in forwards]
+        parts.append((2, [torch.stack([a.double().sum(), b.double().sum() * speaks]) for a, b in pairs]))
+    entropies = [torch.stack([one.entropy_sum.double(), one.num_tokens.double()]) for one in forwards]
+    parts.append((2, entropies))
+    return [
+        torch.stack(values).double().sum(dim=0) if values else torch.zeros(size, dtype=torch.float64)
+        for size, values in parts
+    ]
+
+
+def conclude(objectives: Sequence[Objective], sums: Sequence[Tensor], final: Reading) -> StepNumbers:
+    """Losses and entropy of one layer.
+
+    Args:
+        objectives: whose losses.
+        sums: what `lay_down` returned, summed over ranks.
+        final: what a loss of step scope sees of the whole step, float64.
+    """
+    numbers = StepNumbers()
+    for objective, values in zip(objectives, sums[:-1], strict=True):
+        if objective.scope == "step":
+            values = torch.stack(objective.measure(final, values[None, :-1], values[-1]))
+        numbers.losses[objective.name] = _mean(values)
+    numbers.router_entropy = _mean(sums[-1])
     return numbers
 
 
-def _sum_layer(
-    objectives: Sequence[Objective],
-    layer: int,
-    forwards: Sequence[MeasuredForward],
-    read: Callable[[int, MeasuredForward], Reading],
-    read_step: Callable[[int], Reading],
-    ranks: TokenRanks,
-) -> _Sums:
-    """Numerator and denominator of each objective, then of the entropy, as this rank's part of the sum."""
-    pairs: list[Tensor] = []
-    squared_lse_sum = torch.stack([one.squared_lse_sum for one in forwards]).sum()
-    for objective in objectives:
-        if objective.scope == "step":
-            prob_sums_E = torch.stack([one.prob_sums_GE.sum(dim=0) for one in forwards]).sum(dim=0)
-            measured = [objective.measure(read_step(layer), prob_sums_E[None], squared_lse_sum)]
-        else:
-            measured = [
-                objective.measure(read(layer, one), one.prob_sums_GE, one.squared_lse_sum) for one in forwards
-            ]
-        # A numerator is linear in this rank's probabilities. A denominator is known to all ranks that share
-        # the group alike, and one of them speaks.
-        speaks = ranks.is_first_of_step if objective.reads_totals else ranks.is_first_of_sequence
-        pairs.append(torch.stack([numerator.double() for numerator, _ in measured]).sum())
-        pairs.append(torch.stack([denominator.double() for _, denominator in measured]).sum() * int(speaks))
-    pairs.append(torch.stack([one.entropy_sum.double() for one in forwards]).sum())
-    pairs.append(torch.stack([one.num_tokens.double() for one in forwards]).sum())
-    return _Sums(pairs, torch.stack([one.logit_max for one in forwards]).amax().double())
+def _mean(pair: Tensor) -> Tensor:
+    return pair[0] / torch.where(pair[1] > 0, pair[1], 1.0)
+
+
+def largest_logits(layers: Sequence[Sequence[MeasuredForward]], ranks: TokenRanks) -> list[Tensor | None]:
+    """() largest logit of each layer over all microbatches and ranks; None where nothing was measured."""
+    if not any(layers):
+        return [None] * len(layers)
+    # Layers of one process may lie on several devices.
+    device = next(one.logit_max.device for forwards in layers for one in forwards)
+    nothing = torch.full((), -torch.inf, dtype=torch.float64, device=device)
+    maxima = torch.stack(
+        [
+            torch.stack([nothing, *(one.logit_max.to(nothing) for one in forwards)]).amax()
+            for forwards in layers
+        ]
+    )
+    if ranks.tokens is not None:
+        dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=ranks.tokens)
+        return list(maxima.unbind())
+    return [value if forwards else None for value, forwards in zip(maxima.unbind(), layers, strict=True)]

@@ -47,6 +47,7 @@ class Microbatch:
         self.sequence_of_group_G = sequence_of_group_G
         self.ticket = _NO_TICKET  # () int64 on the CPU, names the forward
         self.by_turns = False  # parts of its forward say themselves whose they are
+        self.tap: Any = None  # `trimtab.taps.Tap`: what is recorded or replayed of its forward
 
     @property
     def parts(self) -> "tuple[Microbatch, ...]":
@@ -107,7 +108,7 @@ class Microbatch:
             valid_mask_T,
             sequence_of_group_G,
         )
-        moved.ticket = self.ticket
+        moved.ticket, moved.tap = self.ticket, self.tap
         return moved
 
 
@@ -161,6 +162,7 @@ class Context:
         self.stock_loss: str | None = None  # what to say once if a call asks for the model's own loss
         self.module: Any = None  # whose forward tells the batch
         self.ledger: Any = None  # to be told when a forward ends; None if its counts stay on this rank
+        self.taps: Any = None  # `trimtab.taps.Taps`: what is recorded or replayed; None while nobody asks
         self._clock = torch.zeros((), dtype=torch.int64, device="cpu")
 
     def number(self, microbatch: Microbatch | Concatenation) -> None:
@@ -169,6 +171,8 @@ class Context:
             # Arithmetic of tensors, because a compiled forward would take an integer for a constant.
             self._clock = self._clock + 1
             part.ticket = self._clock
+            if self.taps is not None:
+                part.tap = self.taps.tap(part, self.counting)
 
 
 class Description:
@@ -212,6 +216,7 @@ def describe(
     valid_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     position_ids: Tensor | None = None,
+    num_documents: int | None = None,
 ) -> Microbatch:
     """Describe a batch of B rows of S tokens.
 
@@ -227,12 +232,16 @@ def describe(
         position_ids: (B, S) or (1, S) positions that restart at 0 with each document, or several axes of them,
             (4, B, S) with the place in the document first or (3, B, S) of rotary ones alone; read only without
             ``cu_seqlens``.
+        num_documents: how many documents there are at most, counting each part of one that rows divide; more
+            than there are cost G groups of counts, which stay empty.
 
     Returns:
-        The microbatch. With documents, their number is read from the device once.
+        The microbatch. Of documents from ``position_ids``, without ``num_documents``, the number is read from the
+        device, which waits for it once; nothing else here waits.
 
     Raises:
-        ValueError: a mask, offsets or positions whose shape does not fit.
+        ValueError: a mask, offsets or positions whose shape does not fit, or on the CPU, where it can be seen,
+            more documents than ``num_documents``.
     """
     num_sequences, length = batch_shape
     num_rows = num_sequences * length
@@ -248,7 +257,7 @@ def describe(
     if unit == "document" and (cu_seqlens is not None or position_ids is not None):
         starts_T = _document_starts(batch_shape, device, cu_seqlens, position_ids)
         group_ids_T = starts_T.cumsum(0) - 1
-        num_groups = int(starts_T.sum())
+        num_groups = min(_most_documents(starts_T, num_sequences, cu_seqlens, num_documents), num_rows)
         sequence_T = torch.arange(num_rows, device=device) // max(length, 1)
         sequence_of_group_G = torch.zeros(num_groups, dtype=torch.int64, device=device)
         sequence_of_group_G = sequence_of_group_G.scatter_(0, group_ids_T, sequence_T)
@@ -263,6 +272,26 @@ def describe(
     else:
         num_tokens_G = valid_mask_T.view(num_groups, num_rows // max(num_groups, 1)).sum(dim=1)
     return Microbatch(active, num_tokens_G, num_rows, num_sequences, None, valid_mask_T)
+
+
+def _most_documents(
+    starts_T: Tensor, num_sequences: int, cu_seqlens: Tensor | None, num_documents: int | None
+) -> int:
+    """G, documents to make room for: as many as there are, or more where their number is not on the host."""
+    if num_documents is None and cu_seqlens is None:
+        return int(starts_T.sum())
+    if num_documents is None:
+        assert cu_seqlens is not None
+        # Each offset starts one, and so does each row. The first offset starts the first row.
+        return len(cu_seqlens) - 1 + num_sequences
+    if starts_T.device.type == "cpu" and not torch.compiler.is_compiling():
+        found = int(starts_T.sum())
+        if found > num_documents:
+            raise ValueError(
+                f"num_documents={num_documents}, but there are {found}; give the most that there may be, counting "
+                "each part of a document that rows divide"
+            )
+    return num_documents
 
 
 def _document_starts(
@@ -280,8 +309,9 @@ def _document_starts(
                 f"cu_seqlens must be a 1-D integer tensor of document offsets, given "
                 f"{tuple(cu_seqlens.shape)} of {cu_seqlens.dtype}"
             )
-        # The last offset may be T itself: the extra place takes it.
-        starts_T[cu_seqlens.to(device, torch.int64)] = True
+        # The last offset may be T itself: the extra place takes it. (Assigning to indexed places would copy the
+        # value to the device and wait.)
+        starts_T.index_fill_(0, cu_seqlens.to(device, torch.int64), True)
     else:
         assert position_ids is not None
         if position_ids.dim() == 3:
@@ -307,6 +337,7 @@ def describe_given(
     valid_mask: Tensor | None,
     cu_seqlens: Tensor | None,
     position_ids: Tensor | None,
+    num_documents: int | None,
     tokens: Tensor | None,
 ) -> Description:
     """Describe what the user says of a forward; see `trimtab.balancer.Balancer.microbatch`.
@@ -318,6 +349,7 @@ def describe_given(
         valid_mask: (B, S).
         cu_seqlens: document offsets.
         position_ids: (B, S).
+        num_documents: at most.
         tokens: (t,) of this rank.
     """
     if tokens is None and context.divided:
@@ -339,6 +371,7 @@ def describe_given(
         valid_mask=valid_mask,
         cu_seqlens=cu_seqlens,
         position_ids=position_ids,
+        num_documents=num_documents,
     )
     return Description(context, described if tokens is None else described.take(tokens.to(device)))
 

@@ -92,11 +92,11 @@ class Objective(ABC):
         """Raise a ValueError if this objective cannot be had on such a router and step."""
 
     def targets(self, reading: Reading) -> Tensor | None:
-        """(G or 1, E) gradient of ``coef`` times the loss with respect to p; None if there is none."""
+        """(..., G or 1, E) gradient of ``coef`` times the loss with respect to p; None if there is none."""
         return None
 
     def z_weight(self, reading: Reading) -> Tensor | None:
-        """() gradient of ``coef`` times the loss with respect to sum_t lse_t^2; None if there is none."""
+        """(...) gradient of ``coef`` times the loss with respect to sum_t lse_t^2; None if there is none."""
         return None
 
     @abstractmethod

@@ -1,11 +1,12 @@
-"""Counts summed over ranks: started when a microbatch's forward ends, waited for in backward.
+"""Counts of the forwards under way, their sums over ranks, and how they join the step's.
 
 Shapes: A count maps, G finest groups, E experts, L layers.
 
-Data flow of one microbatch: every layer's `observe` lays its counts down here; the end of the model's
-forward starts one asynchronous all-reduce for all layers together; the first router backward that needs
-any count waits for it. No rank waits in forward, and counts are integers, so sums are the same bits on
-every rank whatever the order.
+Data flow of one microbatch: every layer's `observe` lays its counts down here. Where backward reads counts of
+other ranks, the end of the model's forward starts one asynchronous all-reduce for all layers together, and the
+first router backward that needs any count waits for it. No rank waits in forward, and counts are integers, so
+sums are the same bits on every rank whatever the order. Counts join the step's for all layers at once, when
+they are first read or the next forward begins.
 """
 
 from collections.abc import Sequence
@@ -16,13 +17,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trimtab.counts import CountsMode
 from trimtab.objective import Objective
 from trimtab.ranks import TokenRanks
-from trimtab.row import Row
+from trimtab.row import Row, add_counts, alike
 
 
 class PackedSum:
-    """One asynchronous all-reduce of several integer tensors."""
+    """One asynchronous all-reduce of several tensors of one dtype."""
 
     def __init__(self, tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
         self._shapes = [tensor.shape for tensor in tensors]
@@ -44,26 +46,33 @@ class Forward:
     """Counts of one microbatch's forward.
 
     Args:
+        sizes: (3,) tokens, sequences and documents of this rank's sequences.
         adds: they are added to the step's; not so if a counting pass has counted these tokens already.
         under_way: layers may still follow, so that nobody but its end starts its sums.
-        counts: (A, G, E) of this rank's tokens by row; after reduction, of whole sequences.
-        sizes: (3,) tokens, sequences and documents of this rank's sequences by row.
+        counts: (A, G, E) of this rank's tokens by row; after reduction, of whole sequences. Let go of once
+            nobody can read them.
+        waiting: rows whose counts have not joined the step's.
         totals: (A, E) counts and (3,) sizes over all ranks by row, after reduction.
+        read: what backward has read of the step's counts, for a backward that runs twice.
+        targets: (G or 1, E) targets and z-loss weights () by row, from the first router backward to the row's own.
     """
 
+    sizes: Tensor
     adds: bool
     under_way: bool = False
     counts: dict[int, Tensor] = field(default_factory=dict)
-    sizes: dict[int, Tensor] = field(default_factory=dict)
+    waiting: list[int] = field(default_factory=list)
     totals: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     groups_sum: PackedSum | None = None
     totals_sum: PackedSum | None = None
     started: bool = False
     settled: bool = False
+    read: dict[tuple[int, CountsMode], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    targets: dict[int, tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)
 
 
 class CountReduction:
-    """Sums of the current step's counts over ranks, per microbatch.
+    """Counts of the current step's forwards, and their sums over ranks.
 
     Args:
         ranks: who holds which tokens.
@@ -76,7 +85,8 @@ class CountReduction:
         in_sequence = ranks.num_sequence_ranks > 1
         self.sums_groups = in_sequence and any(o.reads_groups for o in objectives)
         self.declare(())
-        self._forwards: dict[int, Forward] = {}
+        self.forwards: dict[int, Forward] = {}
+        self._unsettled: dict[int, Forward] = {}
 
     def declare(self, totals: Sequence[str]) -> None:
         """Say which totals of the step are known, so that they need no sum; every rank says the same."""
@@ -93,19 +103,22 @@ class CountReduction:
         """Whether backward reads counts of other ranks."""
         return self.sums_groups or self.sums_totals
 
-    def observe(
-        self,
-        ticket: int,
-        row: int,
-        counts_AGE: Tensor,
-        sizes: Tensor,
-        *,
-        adds: bool,
-        under_way: bool = False,
-    ) -> None:
+    def begin(self, ticket: int, sizes: Tensor, rows: Sequence[Row], *, adds: bool, under_way: bool) -> None:
+        """Begin a forward; what those before it counted joins the step's, if that needs no sum."""
+        if not self.is_needed:
+            self.settle(rows)
+        self.forwards[ticket] = Forward(sizes, adds, under_way)
+
+    def observe(self, ticket: int, row: int, counts_AGE: Tensor) -> None:
         """Lay down the counts of one layer in one forward."""
-        forward = self._forwards.setdefault(ticket, Forward(adds, under_way))
-        forward.counts[row], forward.sizes[row] = counts_AGE, sizes
+        forward = self._unsettled[ticket] = self.forwards[ticket]
+        forward.counts[row] = counts_AGE
+        forward.waiting.append(row)
+
+    def drop(self, ticket: int) -> None:
+        """Forget a forward that was broken off."""
+        self.forwards.pop(ticket, None)
+        self._unsettled.pop(ticket, None)
 
     def start(self, ticket: int, rows: Sequence[Row] = ()) -> None:
         """Start the sums of one forward, which has ended; every rank must.
@@ -115,23 +128,22 @@ class CountReduction:
             rows: those of all layers that some rank may have run in it; this rank's part of one that it did
                 not run is zero.
         """
-        forward = self._forwards.get(ticket)
+        forward = self.forwards.get(ticket)
         if forward is None or forward.started:
             return
         forward.started, forward.under_way = True, False
-        some = next(iter(forward.counts))
-        counts_AGE, sizes = forward.counts[some], forward.sizes[some]
+        if not self.is_needed:
+            return
+        sizes = dict.fromkeys(forward.counts, forward.sizes)
+        counts_AGE = next(iter(forward.counts.values()))
         for place, row in enumerate(rows):
             if place not in forward.counts:
                 shape = (len(row.maps), counts_AGE.shape[1], row.num_experts)
-                forward.counts[place], forward.sizes[place] = (
-                    counts_AGE.new_zeros(shape),
-                    torch.zeros_like(sizes),
-                )
+                forward.counts[place] = counts_AGE.new_zeros(shape)
+                sizes[place] = torch.zeros_like(forward.sizes)
         if rows:
             # In one order on all ranks, whichever layers each of them ran first.
             forward.counts = dict(sorted(forward.counts.items()))
-            forward.sizes = dict(sorted(forward.sizes.items()))
         if self.sums_groups:
             assert self.ranks.sequence is not None
             forward.groups_sum = PackedSum(list(forward.counts.values()), self.ranks.sequence)
@@ -140,29 +152,40 @@ class CountReduction:
             # Ranks that share sequences know the same sizes, and one of them speaks.
             speaks = int(self.ranks.is_first_of_sequence)
             tensors = [counts_AGE.sum(dim=1) for counts_AGE in forward.counts.values()]
-            tensors += [sizes * speaks for sizes in forward.sizes.values()]
+            tensors += [sizes[place] * speaks for place in forward.counts]
             forward.totals_sum = PackedSum(tensors, self.ranks.tokens)
 
     def settle(self, rows: Sequence[Row]) -> None:
-        """Wait for every sum and add the forwards' totals to the step's, in order of the forwards."""
-        for ticket, forward in self._forwards.items():
-            if forward.settled or forward.under_way:
+        """Wait for every sum and add the forwards' counts to the step's, in order of the forwards."""
+        for ticket, forward in list(self._unsettled.items()):
+            if forward.under_way:
                 continue
-            # Where nobody saw the forward end, as in one compiled graph, the sum starts only now.
-            self.start(ticket)
-            forward.settled = True
-            if forward.groups_sum is not None:
-                forward.counts = dict(zip(forward.counts, forward.groups_sum.wait(), strict=True))
-                forward.groups_sum = None
-            if forward.totals_sum is not None:
-                sums = forward.totals_sum.wait()
-                half = len(sums) // 2
-                pairs = zip(sums[:half], sums[half:], strict=True)
-                forward.totals = dict(zip(forward.counts, pairs, strict=True))
-                forward.totals_sum = None
-                if forward.adds:
-                    for row, (counts_AE, sizes) in forward.totals.items():
-                        rows[row].add(counts_AE, sizes)
+            if self.is_needed and not forward.settled:
+                # Where nobody saw the forward end, as in one compiled graph, the sum starts only now.
+                self.start(ticket)
+                self._wait(forward)
+            _join(forward, rows)
+            del self._unsettled[ticket]
+            if not self.objectives:
+                # Nobody will read it in backward.
+                del self.forwards[ticket]
+
+    def _wait(self, forward: Forward) -> None:
+        forward.settled = True
+        local = forward.counts
+        if forward.groups_sum is not None:
+            forward.counts = dict(zip(local, forward.groups_sum.wait(), strict=True))
+            forward.groups_sum = None
+        if forward.totals_sum is not None:
+            sums = forward.totals_sum.wait()
+            half = len(sums) // 2
+            pairs = zip(sums[:half], sums[half:], strict=True)
+            forward.totals = dict(zip(local, pairs, strict=True))
+            forward.totals_sum = None
+            forward.waiting = list(local)
+        elif self.sums_groups:
+            # What joins the step's are this rank's own tokens.
+            forward.totals = {place: (local[place].sum(dim=1), forward.sizes) for place in forward.waiting}
 
     def groups(self, ticket: int, row: int, counts_AGE: Tensor) -> Tensor:
         """(A, G, E) counts of whole sequences; ``counts_AGE`` is this rank's own."""
@@ -181,8 +204,8 @@ class CountReduction:
         return totals[row]
 
     def _find(self, ticket: int, row: int) -> Forward:
-        forward = self._forwards.get(ticket)
-        if forward is None or row not in forward.counts:
+        forward = self.forwards.get(ticket)
+        if forward is None or (row not in forward.counts and row not in forward.totals):
             raise RuntimeError(
                 "backward runs, but the counts of its forward are gone; call balancer.step() after the optimiser "
                 "step, not between forward and backward"
@@ -190,10 +213,16 @@ class CountReduction:
         return forward
 
     def sum_step(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Sums over all ranks of what only the end of the step needs, in one all-reduce."""
+        """Sums over all ranks of what only the end of the step needs, in one all-reduce.
+
+        Counts travel as float64 where losses go with them, exact to 2^53.
+        """
         if self.ranks.tokens is None or not tensors:
             return list(tensors)
-        return PackedSum(tensors, self.ranks.tokens).wait()
+        if not any(tensor.is_floating_point() for tensor in tensors):
+            return PackedSum(tensors, self.ranks.tokens).wait()
+        sums = PackedSum([tensor.double() for tensor in tensors], self.ranks.tokens).wait()
+        return [total.to(tensor.dtype) for total, tensor in zip(sums, tensors, strict=True)]
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy between steps only: a sum under way belongs to this process.
@@ -201,7 +230,7 @@ class CountReduction:
         Raises:
             RuntimeError: in the middle of a step.
         """
-        if self._forwards:
+        if self.forwards and self.ranks.num_ranks > 1:
             raise RuntimeError(
                 "a model with a balancer over several ranks was copied within a step; copy it between"
             )
@@ -209,8 +238,27 @@ class CountReduction:
 
     def clear(self) -> None:
         """Forget the step; sums under way are waited for, so that no rank is left alone with one."""
-        for forward in self._forwards.values():
+        for forward in self.forwards.values():
             for packed in (forward.groups_sum, forward.totals_sum):
                 if packed is not None:
                     packed.wait()
-        self._forwards = {}
+        self.forwards, self._unsettled = {}, {}
+
+
+def _join(forward: Forward, rows: Sequence[Row]) -> None:
+    """Add the counts that wait for it to the step's."""
+    waiting, forward.waiting = forward.waiting, []
+    if not forward.adds:
+        return
+    if forward.settled:
+        counts = {place: forward.totals[place][0] for place in waiting if place in forward.totals}
+    else:
+        counts = {place: forward.counts[place] for place in waiting}
+    for places in alike(rows, counts):
+        counts_LAE = torch.stack([counts[place] for place in places])
+        if forward.settled:
+            sizes_L3 = torch.stack([forward.totals[place][1] for place in places])
+        else:
+            counts_LAE = counts_LAE.sum(dim=2)
+            sizes_L3 = forward.sizes.to(counts_LAE.device).expand(len(places), -1)
+        add_counts([rows[place] for place in places], counts_LAE, sizes_L3)

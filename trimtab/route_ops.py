@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trimtab.counts import count_ids, sum_groups
-from trimtab.injection import log_sum_exp, logit_gradient, softmax_backward, spread_targets
+from trimtab.gradient import logit_gradient
 from trimtab.kernels import kernels_for
 from trimtab.routing import Routing, choose, weigh, weigh_backward
 from trimtab.scores import compute_dtype, log_score_derivative, probs
@@ -66,6 +66,7 @@ def forward(
     num_groups: int,
     with_sums: bool,
     routing: Routing,
+    with_weights: bool = True,
 ) -> Forward:
     """Choose, weigh and count.
 
@@ -78,24 +79,42 @@ def forward(
         num_groups: G; 0 counts nothing.
         with_sums: form the last three results.
         routing: settings.
+        with_weights: False if the caller has no use for the weights, which then may be (0, K).
 
     Returns:
         (T, K) weights, (T, K) int64 ids, (G, E) int64 counts, then (G, E) sums of p, (T,) log-sum-exp of the
         logits and (T,) entropy of p, which are empty unless asked for. Floats are in the compute dtype.
     """
-    run = torch.ops.trimtab.route_forward if logits_TE.device.type == "cuda" else plain_forward
-    options = _options(routing) if logits_TE.device.type == "cuda" else (routing,)
-    results: Forward = run(
-        logits_TE,
-        expert_bias_E,
-        replay_ids_TK,
-        valid_mask_T,
-        group_ids_T,
-        num_groups,
-        with_sums,
-        *options,
-    )
-    return results
+    given = (logits_TE, expert_bias_E, replay_ids_TK, valid_mask_T, group_ids_T, num_groups, with_sums)
+    if logits_TE.device.type == "cuda":
+        results: Forward = torch.ops.trimtab.route_forward(*given, *_options(routing))
+        return results
+    return plain_forward(*given, routing, with_weights)
+
+
+def choose_and_weigh(
+    logits_TE: Tensor, expert_bias_E: Tensor | None, replay_ids_TK: Tensor | None, routing: Routing
+) -> tuple[Tensor, Tensor]:
+    """Weights, whose gradient flows as often as it is wanted, and ids, chosen as where more is counted or injected.
+
+    Args:
+        logits_TE: (T, E). Gradient flows.
+        expert_bias_E: (E,) or None.
+        replay_ids_TK: (T, K) int64 ids instead of choosing, or None.
+        routing: settings.
+
+    Returns:
+        (T, K) weights in the compute dtype and (T, K) int64 ids.
+    """
+    ids_TK, weights_TK = replay_ids_TK, None
+    differentiates = logits_TE.requires_grad and torch.is_grad_enabled()
+    if ids_TK is None:
+        weights_TK, ids_TK, *_ = forward(
+            logits_TE.detach(), expert_bias_E, None, None, None, 0, False, routing, not differentiates
+        )
+    if weights_TK is None or differentiates:
+        weights_TK = weigh(logits_TE, ids_TK, routing, routing.sorts_logits(expert_bias_E, replay_ids_TK))
+    return weights_TK, ids_TK
 
 
 def backward(
@@ -107,20 +126,20 @@ def backward(
     group_ids_T: Tensor | None,
     valid_mask_T: Tensor | None,
     routing: Routing,
-    probs_TE: Tensor | None = None,
+    sorted_logits: bool = False,
 ) -> Tensor:
     """Gradient of the logits: of the weights, of all balance objectives and of the z-loss.
 
     Args:
         grad_weights_TK: (T, K) gradient of the weights.
         logits_TE: (T, E) logits of the forward.
-        ids_TK: (T, K) int64 ids of the forward.
+        ids_TK: (T, K) integer ids of the forward.
         target_GE: (G, E) dL/dp of each group, (1, E) for all tokens, or None.
         z_weight: () dL/d(sum of lse^2), or None.
         group_ids_T: (T,) int64, or None for contiguous groups.
         valid_mask_T: (T,) bool, or None; where False only the weights' gradient remains.
         routing: settings.
-        probs_TE: (T, E) probabilities if they are at hand; kernels form them again.
+        sorted_logits: the first of a token's ids is its largest logit, which then need not be looked for.
 
     Returns:
         (T, E) in the logits' dtype, rounded to it once.
@@ -129,7 +148,7 @@ def backward(
     if logits_TE.device.type == "cuda":
         grad_TE: Tensor = torch.ops.trimtab.route_backward(*given, *_options(routing))
         return grad_TE
-    return plain_backward(*given, routing, probs_TE)
+    return plain_backward(*given, routing, sorted_logits)
 
 
 # ---------------------------------------------------------------- in torch
@@ -144,15 +163,18 @@ def plain_forward(
     num_groups: int,
     with_sums: bool,
     routing: Routing,
+    with_weights: bool = True,
 ) -> Forward:
     """`forward` in torch operators."""
     logits_TE = logits_TE.to(compute_dtype(logits_TE.dtype))
     if replay_ids_TK is None:
         ids_TK = choose(logits_TE, routing, expert_bias_E)
     else:
-        # A copy: an operator must not return what it was given.
-        ids_TK = replay_ids_TK.to(torch.int64, copy=True)
-    weights_TK = weigh(logits_TE, ids_TK, routing)
+        ids_TK = replay_ids_TK.to(torch.int64)
+    if with_weights:
+        weights_TK = weigh(logits_TE, ids_TK, routing, routing.sorts_logits(expert_bias_E, replay_ids_TK))
+    else:
+        weights_TK = logits_TE.new_empty(0, routing.top_k)
     if num_groups:
         counts_GE = count_ids(ids_TK, logits_TE.shape[1], group_ids_T, valid_mask_T, num_groups)
     else:
@@ -177,7 +199,7 @@ def plain_backward(
     group_ids_T: Tensor | None,
     valid_mask_T: Tensor | None,
     routing: Routing,
-    probs_TE: Tensor | None = None,
+    sorted_logits: bool = False,
 ) -> Tensor:
     """`backward` in torch operators."""
     dtype = logits_TE.dtype
@@ -185,60 +207,22 @@ def plain_backward(
     grad_weights_TK = grad_weights_TK.to(logits_TE.dtype)
     target_GE = None if target_GE is None else target_GE.to(logits_TE.dtype)
     z_weight = None if z_weight is None else z_weight.to(logits_TE.dtype)
-    balances = target_GE is not None or z_weight is not None
-    if probs_TE is None and (balances or not routing.weights_are_local):
-        probs_TE = probs(logits_TE, routing.score)
+    ids_TK = ids_TK.to(torch.int64)
+    largest_T1 = ids_TK[:, :1] if sorted_logits else None
+    objectives = (logits_TE, routing.score, target_GE, z_weight, group_ids_T, valid_mask_T, largest_T1)
     if not routing.weights_are_local:
-        assert probs_TE is not None
-        return _softmax_over_all(
-            grad_weights_TK * routing.scale,
-            logits_TE,
-            ids_TK,
-            target_GE,
-            z_weight,
-            group_ids_T,
-            valid_mask_T,
-            probs_TE,
-        ).to(dtype)
-    if balances:
-        assert probs_TE is not None
-        if target_GE is None:
-            target_GE = logits_TE.new_zeros(1, logits_TE.shape[1])
-        grad_TE = logit_gradient(
-            logits_TE, probs_TE, routing.score, target_GE, z_weight, group_ids_T, valid_mask_T
-        )
-    else:
+        # The weights are p themselves: they and the objectives pass the same softmax, together.
+        scale = routing.scale
+        grad_TK = grad_weights_TK if scale == 1.0 else grad_weights_TK * scale
+        return logit_gradient(*objectives, (ids_TK, grad_TK)).to(dtype)
+    if target_GE is None and z_weight is None:
         grad_TE = torch.zeros_like(logits_TE)
+    else:
+        grad_TE = logit_gradient(*objectives)
     logits_TK = logits_TE.gather(1, ids_TK)
     derivative_TK = log_score_derivative(logits_TK, routing.score)
-    grad_TK = weigh_backward(grad_weights_TK, logits_TK, routing, derivative_TK)
+    grad_TK = weigh_backward(grad_weights_TK, logits_TK, routing, derivative_TK, sorted_logits)
     return grad_TE.scatter_add_(1, ids_TK, grad_TK).to(dtype)
-
-
-def _softmax_over_all(
-    grad_TK: Tensor,
-    logits_TE: Tensor,
-    ids_TK: Tensor,
-    target_GE: Tensor | None,
-    z_weight: Tensor | None,
-    group_ids_T: Tensor | None,
-    valid_mask_T: Tensor | None,
-    probs_TE: Tensor,
-) -> Tensor:
-    """Gradient where the weights are p themselves: they and the objectives pass the same softmax, together."""
-    if target_GE is None:
-        grad_TE = torch.zeros_like(probs_TE)
-    else:
-        grad_TE = spread_targets(target_GE, len(probs_TE), group_ids_T)
-        if valid_mask_T is not None:
-            grad_TE.masked_fill_(~valid_mask_T[:, None], 0)
-    softmax_backward(grad_TE.scatter_add_(1, ids_TK, grad_TK), probs_TE)
-    if z_weight is not None:
-        slope_T1 = z_weight * log_sum_exp(logits_TE, probs_TE)
-        if valid_mask_T is not None:
-            slope_T1 = slope_T1.masked_fill(~valid_mask_T[:, None], 0)
-        grad_TE.addcmul_(probs_TE, slope_T1, value=2)
-    return grad_TE
 
 
 # ---------------------------------------------------------------- as operators
@@ -265,6 +249,8 @@ def route_forward(
     routing = _routing(options)
     kernels = kernels_for(logits_TE, routing.top_k)
     run = plain_forward if kernels is None else kernels.forward
+    if kernels is None and replay_ids_TK is not None:
+        replay_ids_TK = replay_ids_TK.clone()  # an operator must not return what it was given
     results: Forward = run(
         logits_TE,
         expert_bias_E,

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from trimtab.balanced_routing import route_balanced
 from trimtab.hooks import ROUTER_STATE, RouterState, after_router
-from trimtab.routing import GroupScore, Routing, choose, weigh
+from trimtab.route_ops import choose_and_weigh
+from trimtab.routing import GroupScore, Routing
 from trimtab.scores import ScoreName, check_score
 
 
@@ -193,12 +194,17 @@ class Router(nn.Module):
                 "set router.dim to the model's width"
             )
         logits_TE = self._logits(x.reshape(-1, self.config.dim))
+        state: RouterState | None = getattr(self, ROUTER_STATE, None)
         if replay_ids_TK is not None:
             self._check_replay(replay_ids_TK, logits_TE.shape[0])
+            if state is not None and state.context.taps is not None and state.context.taps.replay is not None:
+                raise ValueError(
+                    "replay_ids_TK is given inside replay_routing(...), which says already which experts to use; "
+                    "leave one of the two out"
+                )
             replay_ids_TK = replay_ids_TK.to(torch.int64)
         elif self.config.forced_balance:
             replay_ids_TK = self._dealt(logits_TE)
-        state: RouterState | None = getattr(self, ROUTER_STATE, None)
         balanced = state is not None and state.fused
         if state is not None and balanced:
             routed = route_balanced(
@@ -206,10 +212,10 @@ class Router(nn.Module):
             )
             if routed is not None:
                 return logits_TE, *routed
-        topk_ids_TK = replay_ids_TK
-        if topk_ids_TK is None:
-            topk_ids_TK = choose(logits_TE.detach(), self.routing, self.expert_bias_E)
-        output = logits_TE, weigh(logits_TE, topk_ids_TK, self.routing), topk_ids_TK
+        output = (
+            logits_TE,
+            *choose_and_weigh(logits_TE, self.expert_bias_E, replay_ids_TK, self.routing),
+        )
         if balanced:
             output = after_router(self, (x,), {}, output) or output
         return output

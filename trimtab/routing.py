@@ -2,8 +2,7 @@
 
 Shapes: T tokens, E experts, K top-k, H expert groups, N = E / H experts per group.
 
-`trimtab.router.Router` runs these functions; `trimtab.fused` runs them under one autograd node, and its kernels
-must equal them.
+`trimtab.route_ops` runs these functions where it has no kernels, and its kernels must equal them.
 """
 
 from dataclasses import dataclass
@@ -12,7 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from trimtab.scores import ScoreName, check_score, compute_dtype, log_scores, scores
+from trimtab.blocks import token_blocks, tokens_per_block
+from trimtab.scores import ScoreName, check_score, compute_dtype, log_scores, scores, shift_of_sigmoid
+from trimtab.top_k import by_keys, keys_of
 
 GroupScore = Literal["max", "top2_sum"]
 
@@ -80,6 +81,10 @@ class Routing:
         """
         return self.score_after_top_k or not (has_expert_bias or self.limits_groups)
 
+    def sorts_logits(self, expert_bias_E: Tensor | None, replay_ids_TK: Tensor | None) -> bool:
+        """Whether the first of a token's experts is the one with its largest logit."""
+        return replay_ids_TK is None and expert_bias_E is None and not self.limits_groups
+
     def check(self, num_experts: int) -> None:
         """Raise a ValueError if E experts cannot be routed so."""
         if self.top_k > num_experts:
@@ -110,14 +115,36 @@ def choose(logits_TE: Tensor, routing: Routing, expert_bias_E: Tensor | None) ->
         (T, K) int64, distinct within a row and always in [0, E): NaN ranks first and -inf last. Which of
         several equal experts are taken is left to `torch.topk`, which gives equal rows equal ids.
     """
-    logits_TE = logits_TE.to(compute_dtype(logits_TE.dtype))
-    ranks_logits = routing.ranks_logits(expert_bias_E is not None)
-    ranks_TE = logits_TE if ranks_logits else scores(logits_TE, routing.score)
-    if expert_bias_E is not None:
-        ranks_TE = ranks_TE + expert_bias_E
-    if routing.limits_groups:
-        ranks_TE = _mask_groups(ranks_TE, routing)
-    return ranks_TE.topk(routing.top_k, dim=-1).indices
+    logits_TE = logits_TE.detach().to(compute_dtype(logits_TE.dtype))
+    rows = tokens_per_block(logits_TE)
+    reads_logits = routing.sorts_logits(expert_bias_E, None) and not by_keys(logits_TE, routing.top_k)
+    if reads_logits or rows >= len(logits_TE):
+        return _best(_ranks(logits_TE, routing, expert_bias_E), logits_TE, routing.top_k)
+    ids_TK = logits_TE.new_empty(len(logits_TE), routing.top_k, dtype=torch.int64)
+    for logits_bE, ids_bK in token_blocks(rows, logits_TE, ids_TK):
+        _best(_ranks(logits_bE, routing, expert_bias_E), logits_bE, routing.top_k, out_TK=ids_bK)
+    return ids_TK
+
+
+def _best(ranks_TE: Tensor, logits_TE: Tensor, top_k: int, out_TK: Tensor | None = None) -> Tensor:
+    """(T, K) ids of the largest ranks; ranks that are not the logits themselves are lost."""
+    if by_keys(ranks_TE, top_k):
+        ranks_TE = keys_of(ranks_TE, None if ranks_TE is logits_TE else ranks_TE)
+    if out_TK is None:
+        return ranks_TE.topk(top_k, dim=-1).indices
+    torch.topk(ranks_TE, top_k, dim=-1, out=(ranks_TE.new_empty(out_TK.shape), out_TK))
+    return out_TK
+
+
+def _ranks(logits_TE: Tensor, routing: Routing, expert_bias_E: Tensor | None) -> Tensor:
+    """(T, E) what experts are ranked by; -inf outside each token's best groups."""
+    if routing.ranks_logits(expert_bias_E is not None):
+        ranks_TE = logits_TE if expert_bias_E is None else logits_TE + expert_bias_E
+    else:
+        ranks_TE = scores(logits_TE, routing.score)
+        if expert_bias_E is not None:
+            ranks_TE = ranks_TE.add_(expert_bias_E)
+    return _mask_groups(ranks_TE, routing) if routing.limits_groups else ranks_TE
 
 
 def _mask_groups(ranks_TE: Tensor, routing: Routing) -> Tensor:
@@ -129,27 +156,61 @@ def _mask_groups(ranks_TE: Tensor, routing: Routing) -> Tensor:
     return ranks_THN.masked_fill(dropped_TH.unsqueeze(-1), -torch.inf).flatten(-2)
 
 
-def weigh(logits_TE: Tensor, ids_TK: Tensor, routing: Routing) -> Tensor:
+def weigh(logits_TE: Tensor, ids_TK: Tensor, routing: Routing, sorted_logits: bool = False) -> Tensor:
     """Weights of the chosen experts.
 
     Args:
         logits_TE: (T, E) logits. Gradient flows.
         ids_TK: (T, K) int64 chosen experts.
         routing: settings.
+        sorted_logits: the first of each row is the largest, which then need not be looked for.
 
     Returns:
         (T, K) in the compute dtype; rows sum to ``scale`` if normalised. Gradient flows.
     """
     if routing.normalizes:
-        # s_i / sum_j s_j as a softmax of log s: no epsilon that would shrink small scores, no 0 / 0.
-        weights_TK = log_scores(logits_TE.gather(1, ids_TK), routing.score).softmax(dim=-1)
+        weights_TK = _shares(logits_TE.gather(1, ids_TK), routing, sorted_logits)
+    elif routing.score != "softmax":
+        weights_TK = scores(logits_TE.gather(1, ids_TK), routing.score)
     else:
-        weights_TK = scores(logits_TE, routing.score).gather(1, ids_TK)
+        weights_TK = _of_all(logits_TE, ids_TK)
     return weights_TK if routing.scale == 1.0 else weights_TK * routing.scale
 
 
+def _of_all(logits_TE: Tensor, ids_TK: Tensor) -> Tensor:
+    """(T, K) softmax over all experts, of the chosen ones."""
+    rows = tokens_per_block(logits_TE)
+    if rows >= len(logits_TE) or (logits_TE.requires_grad and torch.is_grad_enabled()):
+        return scores(logits_TE, "softmax").gather(1, ids_TK)
+    blocks = token_blocks(rows, logits_TE, ids_TK)
+    return torch.cat([scores(logits_bE, "softmax").gather(1, ids_bK) for logits_bE, ids_bK in blocks])
+
+
+def _shares(logits_TK: Tensor, routing: Routing, sorted_logits: bool) -> Tensor:
+    """(T, K) s_i / sum_j s_j, without an epsilon that would shrink small scores and without 0 / 0.
+
+    By hand, as torch.softmax over a last axis as short as K takes four times as long; but where stock routers take
+    just this softmax, theirs, bit for bit.
+    """
+    score = routing.score
+    logits_TK = logits_TK.to(compute_dtype(logits_TK.dtype))
+    if routing.score_after_top_k:
+        return logits_TK.softmax(dim=-1)
+    detached_TK = logits_TK.detach()
+    largest_T1 = detached_TK[:, :1] if sorted_logits else detached_TK.amax(dim=-1, keepdim=True)
+    if score == "sigmoid":
+        shares_TK = (logits_TK + shift_of_sigmoid(largest_T1)).sigmoid()
+    else:
+        shares_TK = (log_scores(logits_TK, score) - log_scores(largest_T1, score)).exp()
+    return shares_TK / shares_TK.sum(dim=-1, keepdim=True)
+
+
 def weigh_backward(
-    grad_weights_TK: Tensor, logits_TK: Tensor, routing: Routing, derivative_TK: Tensor | None
+    grad_weights_TK: Tensor,
+    logits_TK: Tensor,
+    routing: Routing,
+    derivative_TK: Tensor | None,
+    sorted_logits: bool = False,
 ) -> Tensor:
     """Gradient of `weigh` with respect to the logits of the chosen experts, where no other logit gets any.
 
@@ -161,14 +222,16 @@ def weigh_backward(
         logits_TK: (T, K) logits of the chosen experts in the compute dtype.
         routing: settings; not of weights that are a softmax over all experts.
         derivative_TK: (T, K) h = d log s / dz; None for 1.
+        sorted_logits: the first of each row is the largest.
 
     Returns:
         (T, K) in the compute dtype.
     """
     grad_TK = grad_weights_TK if routing.scale == 1.0 else grad_weights_TK * routing.scale
     if routing.normalizes:
-        share_TK = log_scores(logits_TK, routing.score).softmax(dim=-1)
-        grad_TK = torch.ops.aten._softmax_backward_data(grad_TK, share_TK, -1, share_TK.dtype)
+        shares_TK = _shares(logits_TK, routing, sorted_logits)
+        grad_TK = grad_TK * shares_TK
+        grad_TK = grad_TK.addcmul(shares_TK, grad_TK.sum(dim=-1, keepdim=True), value=-1)
     else:
         grad_TK = grad_TK * scores(logits_TK, routing.score)
     return grad_TK if derivative_TK is None else grad_TK * derivative_TK

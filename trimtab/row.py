@@ -1,6 +1,8 @@
 """One ledger row: the counts of one MoE layer over one optimiser step, and what it remembers of the last.
 
-Shapes: E experts, G finest groups, A count maps.
+Rows of equal layers are added to and read together, so that the number of operators does not grow with L.
+
+Shapes: E experts, G finest groups, A count maps, L layers, M microbatches.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,6 +26,100 @@ def batch_sizes(num_tokens_G: Tensor, sequence_of_group_G: Tensor | None, num_se
         tokens_B = num_tokens_G.new_zeros(num_sequences)
         sequences_B = tokens_B.index_add_(0, sequence_of_group_G, num_tokens_G) > 0
     return torch.stack([num_tokens_G.sum().to(torch.int64), sequences_B.sum(), documents_G.sum()])
+
+
+def add_counts(rows: Sequence["Row"], counts_LAE: Tensor, sizes_L3: Tensor) -> None:
+    """Add one microbatch to several layers: counts, and valid tokens, sequences and documents.
+
+    Args:
+        rows: of layers with counts of one shape, all or none of which have counts already.
+        counts_LAE: (L, A, E) int64.
+        sizes_L3: (L, 3) int64.
+    """
+    minima_L3 = maxima_L3 = sizes_L3
+    if rows[0].counts_AE is not None:
+        counts_LAE = counts_LAE + _stacked([row.counts_AE for row in rows])
+        minima_L3 = torch.minimum(sizes_L3, _stacked([row.sizes_min for row in rows]))
+        maxima_L3 = torch.maximum(sizes_L3, _stacked([row.sizes_max for row in rows]))
+        sizes_L3 = sizes_L3 + _stacked([row.sizes for row in rows])
+    values = zip(counts_LAE.unbind(), sizes_L3.unbind(), minima_L3.unbind(), maxima_L3.unbind(), strict=True)
+    for row, (counts_AE, sizes, sizes_min, sizes_max) in zip(rows, values, strict=True):
+        row.counts_AE, row.sizes, row.sizes_min, row.sizes_max = counts_AE, sizes, sizes_min, sizes_max
+        row.num_counted += 1
+
+
+def alike(rows: Sequence["Row"], counts: Mapping[int, Tensor]) -> list[list[int]]:
+    """Places of rows, in lists of those that can be added to and read together.
+
+    Args:
+        rows: of all layers.
+        counts: counts of one forward by place, for those meant.
+    """
+    lists: dict[Any, list[int]] = {}
+    for place, values in counts.items():
+        row = rows[place]
+        key = (
+            values.shape,
+            values.device,
+            row.top_k,
+            row.maps,
+            row.num_counted,
+            row.used_min_AE is None,
+            row.prior_counts_AE is None,
+            row.prior_num_microbatches,
+        )
+        lists.setdefault(key, []).append(place)
+    return list(lists.values())
+
+
+def step_counts(
+    rows: Sequence["Row"], mode: CountsMode, num_microbatches: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(L, A, E) counts and (L,) valid tokens of a step of M microbatches, as far as ``mode`` knows them.
+
+    Also remembers the range of load fractions that was read; repeating it changes nothing.
+
+    Args:
+        rows: of layers with counts of one shape, that are alike in what they have counted.
+        mode: where counts of microbatches that have not run come from.
+        num_microbatches: M.
+        dtype: of the results.
+
+    Raises:
+        RuntimeError: nothing was counted.
+    """
+    first = rows[0]
+    if first.counts_AE is None:
+        raise RuntimeError(
+            f"{first.name}: backward runs but no forward of this step was counted; call balancer.step() "
+            "after the optimiser step, not between forward and backward"
+        )
+    counts_LAE = _stacked([row.counts_AE for row in rows]).to(dtype)
+    num_tokens_L = _stacked([row.num_tokens for row in rows]).to(dtype)
+    missing = num_microbatches - first.num_counted
+    if first.prior_counts_AE is not None and (mode == "previous" or (mode == "prior" and missing > 0)):
+        prior_LAE = _stacked([row.prior_counts_AE for row in rows]).to(counts_LAE)
+        prior_L = _stacked([row.prior_num_tokens for row in rows]).to(num_tokens_L)
+        if mode == "previous":
+            counts_LAE, num_tokens_L = prior_LAE, prior_L
+        else:
+            share = missing / first.prior_num_microbatches
+            counts_LAE, num_tokens_L = counts_LAE + prior_LAE * share, num_tokens_L + prior_L * share
+    _note_used(rows, load_fraction(counts_LAE, num_tokens_L[:, None], first.top_k))
+    return counts_LAE, num_tokens_L
+
+
+def _note_used(rows: Sequence["Row"], load_LAE: Tensor) -> None:
+    minima_LAE = maxima_LAE = load_LAE
+    if all(row.used_min_AE is not None for row in rows):
+        minima_LAE = torch.minimum(load_LAE, _stacked([row.used_min_AE for row in rows]))
+        maxima_LAE = torch.maximum(load_LAE, _stacked([row.used_max_AE for row in rows]))
+    for row, minimum_AE, maximum_AE in zip(rows, minima_LAE.unbind(), maxima_LAE.unbind(), strict=True):
+        row.used_min_AE, row.used_max_AE = minimum_AE, maximum_AE
+
+
+def _stacked(tensors: Sequence[Tensor | None]) -> Tensor:
+    return torch.stack([tensor for tensor in tensors if tensor is not None])
 
 
 @dataclass(slots=True)
@@ -57,20 +153,8 @@ class Row:
     used_min_AE: Tensor | None = None
     used_max_AE: Tensor | None = None
     measured: list[MeasuredForward] = field(default_factory=list)  # of a step that measures
-
-    def add(self, counts_AE: Tensor, sizes: Tensor) -> None:
-        """Add one microbatch: its counts, and its valid tokens, sequences and documents."""
-        if self.counts_AE is None or self.sizes is None:
-            self.counts_AE, self.sizes = counts_AE, sizes
-            self.sizes_min = self.sizes_max = sizes
-        else:
-            assert self.sizes_min is not None
-            assert self.sizes_max is not None
-            self.counts_AE = self.counts_AE + counts_AE
-            self.sizes = self.sizes + sizes
-            self.sizes_min = torch.minimum(self.sizes_min, sizes)
-            self.sizes_max = torch.maximum(self.sizes_max, sizes)
-        self.num_counted += 1
+    # (2,) zeros that carry gradients of losses which are returned, and the forwards they are of.
+    terms: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def part(self) -> "Row":
         """An empty row of the same layer, for one forward that may be broken off."""
@@ -78,9 +162,7 @@ class Row:
         return Row(self.name, self.num_experts, self.top_k, self.score, self.maps, statistic)
 
     def merge(self, part: "Row") -> None:
-        """Add what a part has counted."""
-        if part.counts_AE is not None and part.sizes is not None:
-            self.add(part.counts_AE, part.sizes)
+        """Add what a part has noted beside its counts."""
         self.num_forwards += part.num_forwards
         self.num_counting += part.num_counting
         self.measured += part.measured
@@ -92,50 +174,13 @@ class Row:
         """() valid tokens so far."""
         return None if self.sizes is None else self.sizes[0]
 
-    def load(self, counts_AE: Tensor, num_tokens: Tensor) -> Tensor:
-        """(A, E) load fractions, to compare the counts that backward used with the final ones."""
-        return load_fraction(counts_AE, num_tokens, self.top_k)
-
-    def step_counts(
-        self, mode: CountsMode, num_microbatches: int, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        """(A, E) counts and () valid tokens of a step of M microbatches, as far as ``mode`` knows them.
-
-        Raises:
-            RuntimeError: nothing was counted.
-        """
-        if self.counts_AE is None or self.num_tokens is None:
-            raise RuntimeError(
-                f"{self.name}: backward runs but no forward of this step was counted; call balancer.step() "
-                "after the optimiser step, not between forward and backward"
-            )
-        missing = num_microbatches - self.num_counted
-        prior_counts_AE, prior_num_tokens = self.prior_counts_AE, self.prior_num_tokens
-        counts_AE, num_tokens = self.counts_AE.to(dtype), self.num_tokens.to(dtype)
-        if prior_counts_AE is None or prior_num_tokens is None:
-            return counts_AE, num_tokens
-        prior_counts_AE, prior_num_tokens = prior_counts_AE.to(counts_AE), prior_num_tokens.to(num_tokens)
-        if mode == "previous":
-            return prior_counts_AE, prior_num_tokens
-        if mode == "prior" and missing > 0:
-            share = missing / self.prior_num_microbatches
-            return counts_AE + prior_counts_AE * share, num_tokens + prior_num_tokens * share
-        return counts_AE, num_tokens
-
-    def note_used(self, load_AE: Tensor) -> None:
-        """Remember the range of load fractions that backward used; repeating it changes nothing."""
-        if self.used_min_AE is None or self.used_max_AE is None:
-            self.used_min_AE = self.used_max_AE = load_AE
-        else:
-            self.used_min_AE = torch.minimum(self.used_min_AE, load_AE)
-            self.used_max_AE = torch.maximum(self.used_max_AE, load_AE)
-
     def state(self) -> dict[str, Any]:
         """What the next step needs of the last."""
         return {
             "maps": [repr(count_map) for count_map in self.maps],
-            "prior_counts_AE": self.prior_counts_AE,
-            "prior_num_tokens": self.prior_num_tokens,
+            # Copies: they are views of what all layers have together.
+            "prior_counts_AE": None if self.prior_counts_AE is None else self.prior_counts_AE.clone(),
+            "prior_num_tokens": None if self.prior_num_tokens is None else self.prior_num_tokens.clone(),
             "prior_num_microbatches": self.prior_num_microbatches,
         }
 
@@ -167,7 +212,7 @@ class Row:
         self.counts_AE = self.sizes = self.sizes_min = self.sizes_max = None
         self.num_counted = self.num_forwards = self.num_counting = 0
         self.used_min_AE = self.used_max_AE = None
-        self.measured = []
+        self.measured, self.terms = [], []
         if self.statistic is not None:
             self.statistic.clear()
 

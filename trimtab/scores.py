@@ -99,15 +99,28 @@ def probs(logits_TE: Tensor, name: ScoreName) -> Tensor:
     """
     if name != "sigmoid":
         return log_scores(logits_TE, name).softmax(dim=-1)
-    # Below -36 sigmoid(z) is e^z to the last bit of float64: shifting a whole row up to there leaves p unchanged
-    # and keeps its sum away from zero, at half the time of softmax(logsigmoid(z)).
     logits_TE = logits_TE.to(compute_dtype(logits_TE.dtype))
-    shift_T1 = (-36.0 - logits_TE.detach().amax(dim=-1, keepdim=True)).clamp(min=0)
+    shift_T1 = shift_of_sigmoid(logits_TE.detach().amax(dim=-1, keepdim=True))
     if logits_TE.requires_grad and torch.is_grad_enabled():
         scores_TE = (logits_TE + shift_T1).sigmoid()
         return scores_TE / scores_TE.sum(dim=-1, keepdim=True)
     scores_TE = (logits_TE + shift_T1).sigmoid_()
     return scores_TE.div_(scores_TE.sum(dim=-1, keepdim=True))
+
+
+def shift_of_sigmoid(largest_T1: Tensor) -> Tensor:
+    """What to add to logits so that sigmoid(z) / sum_j sigmoid(z_j) can be formed as it stands.
+
+    Below -36 sigmoid(z) is e^z to the last bit of float64: shifting a whole row up to there leaves p and 1 - s
+    unchanged and keeps the sum away from zero, at half the time of softmax(logsigmoid(z)).
+
+    Args:
+        largest_T1: (..., 1) largest logit of each row. No gradient.
+
+    Returns:
+        (..., 1), zero for rows that reach -36.
+    """
+    return (-36.0 - largest_T1).clamp_(min=0)
 
 
 def log_score_derivative(logits_TE: Tensor, name: ScoreName) -> Tensor | None:

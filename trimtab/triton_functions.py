@@ -85,6 +85,23 @@ def _unkey(key):
 
 
 @triton.jit
+def best_in_rounds(key_TC, expert_C, K: tl.constexpr, K_PAD: tl.constexpr, T: tl.constexpr):
+    """Ids of the K largest keys of each row, equal ones lowest id first, and the keys with these at -2^31.
+
+    Each round is two reductions of 32-bit integers, for which a warp has an instruction; sorting moves all keys
+    and their ids about, which is more work unless K is large.
+    """
+    k_K = tl.arange(0, K_PAD)
+    ids_TK = tl.zeros((T, K_PAD), tl.int32)
+    for k in range(K):
+        best_T = tl.max(key_TC, axis=1)
+        id_T = tl.min(tl.where(key_TC == best_T[:, None], expert_C[None, :], 0x7FFFFFFF), axis=1)
+        ids_TK = tl.where((k_K == k)[None, :], id_T[:, None], ids_TK)
+        key_TC = tl.where(expert_C[None, :] == id_T[:, None], -0x80000000, key_TC)
+    return ids_TK, key_TC
+
+
+@triton.jit
 def limit_groups(
     key_TC,
     H: tl.constexpr,

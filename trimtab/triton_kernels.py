@@ -24,6 +24,7 @@ from trimtab.routing import Routing
 from trimtab.scores import SCORE_NAMES, probs
 from trimtab.triton_functions import (
     SOFTMAX,
+    best_in_rounds,
     limit_groups,
     local_score,
     log_score,
@@ -34,6 +35,7 @@ from trimtab.triton_functions import (
 
 _TILE = 2048  # elements of a tile: 16 for each thread of four warps
 _PROGRAMS = 1024  # of a forward: a few for each multiprocessor
+MAX_ROUNDS = tl.constexpr(16)  # top-k up to which the best are taken one by one
 # Said, because Triton's default of the latter depends on its version.
 _COMPILER = {"num_warps": 4, "enable_fp_fusion": True}
 
@@ -120,14 +122,18 @@ def _forward_kernel(
             if TOP_H < H:
                 key_TC = limit_groups(key_TC, H, H_PAD, N_PAD, TOP_H, TOP_H_PAD, TOP2, BLOCK)
                 key_TC = tl.where(exists_C[None, :], key_TC, -0x80000000)
-            # Each id below its key: all are different, and equal keys are in the order of ids.
-            packed_TC = (key_TC.to(tl.int64) << 32) | (1023 - expert_C[None, :] % 1024).to(tl.int64)
-            top_TK = tl.topk(packed_TC, K_PAD)
-            ids_TK = 1023 - (top_TK & 1023).to(tl.int32)
-            if COUNTS and not HAS_GROUPS:
+            if K <= MAX_ROUNDS:
+                ids_TK, key_TC = best_in_rounds(key_TC, expert_C, K, K_PAD, BLOCK)
+                chosen_TC = key_TC == -0x80000000
+            else:
+                # Each id below its key: all are different, and equal keys are in the order of ids.
+                packed_TC = (key_TC.to(tl.int64) << 32) | (1023 - expert_C[None, :] % 1024).to(tl.int64)
+                top_TK = tl.topk(packed_TC, K_PAD)
+                ids_TK = 1023 - (top_TK & 1023).to(tl.int32)
                 last_T = tl.sum(tl.where((k_K == K - 1)[None, :], top_TK, 0), axis=1)
-                chosen_TC = (packed_TC >= last_T[:, None]) & valid_T[:, None]
-                count_TC += chosen_TC.to(tl.int32)
+                chosen_TC = packed_TC >= last_T[:, None]
+            if COUNTS and not HAS_GROUPS:
+                count_TC += (chosen_TC & exists_C[None, :] & valid_T[:, None]).to(tl.int32)
         # The row was just read, so this comes from the cache.
         z_TK = tl.load(row_T[:, None] + ids_TK, mask=there_TK, other=float("nan")).to(tl.float32)
         if NORMALIZES:
@@ -241,7 +247,7 @@ def _backward_kernel(
     k_K = tl.arange(0, K_PAD)
     there_TK = in_range_T[:, None] & (k_K < K)[None, :]
     place_TK = token_T[:, None] * K + k_K[None, :]
-    ids_TK = tl.load(ids_ptr + place_TK, mask=there_TK, other=0)
+    ids_TK = tl.load(ids_ptr + place_TK, mask=there_TK, other=0).to(tl.int32)
     g_TK = tl.load(grad_weights_ptr + place_TK, mask=there_TK, other=0.0).to(tl.float32) * scale
     known_TK = there_TK & (ids_TK >= 0) & (ids_TK < E)
     z_TK = tl.load(row_T[:, None] + ids_TK, mask=known_TK, other=0.0).to(tl.float32)
@@ -319,44 +325,46 @@ def forward(
         parts * programs_of_part if sums_here else 0, num_experts, dtype=torch.float32
     )
     if num_tokens > 0:
-        _forward_kernel[(parts, programs_of_part)](
-            logits_TE,
-            logits_TE if expert_bias_E is None else expert_bias_E.to(torch.float32).contiguous(),
-            logits_TE if replay_ids_TK is None else replay_ids_TK.contiguous(),
-            logits_TE if valid_mask_T is None else valid_mask_T.contiguous().view(torch.uint8),
-            logits_TE if group_ids_T is None else group_ids_T.contiguous(),
-            weights_TK,
-            ids_TK,
-            counts_GE,
-            prob_sums_PE,
-            lse_T,
-            entropy_T,
-            num_tokens_of_part,
-            num_groups,
-            tiles_of_program,
-            routing.scale,
-            E=num_experts,
-            K=routing.top_k,
-            K_PAD=triton.next_power_of_2(routing.top_k),
-            H=num_expert_groups,
-            H_PAD=triton.next_power_of_2(num_expert_groups),
-            N=group_size,
-            N_PAD=triton.next_power_of_2(group_size),
-            TOP_H=routing.top_k_groups if limits else 1,
-            TOP_H_PAD=triton.next_power_of_2(routing.top_k_groups) if limits else 1,
-            TOP2=routing.group_score == "top2_sum",
-            SCORE=SCORE_NAMES.index(routing.score),
-            NORMALIZES=routing.normalizes,
-            RANKS_LOGITS=replay_ids_TK is not None or routing.ranks_logits(expert_bias_E is not None),
-            HAS_BIAS=expert_bias_E is not None,
-            HAS_REPLAY=replay_ids_TK is not None,
-            HAS_MASK=valid_mask_T is not None,
-            HAS_GROUPS=group_ids_T is not None,
-            COUNTS=num_groups > 0,
-            SUMS=with_sums,
-            BLOCK=block,
-            **_COMPILER,
-        )
+        # Triton launches on the current device, which may be another.
+        with torch.cuda.device_of(logits_TE):
+            _forward_kernel[(parts, programs_of_part)](
+                logits_TE,
+                logits_TE if expert_bias_E is None else expert_bias_E.to(torch.float32).contiguous(),
+                logits_TE if replay_ids_TK is None else replay_ids_TK.contiguous(),
+                logits_TE if valid_mask_T is None else valid_mask_T.contiguous().view(torch.uint8),
+                logits_TE if group_ids_T is None else group_ids_T.contiguous(),
+                weights_TK,
+                ids_TK,
+                counts_GE,
+                prob_sums_PE,
+                lse_T,
+                entropy_T,
+                num_tokens_of_part,
+                num_groups,
+                tiles_of_program,
+                routing.scale,
+                E=num_experts,
+                K=routing.top_k,
+                K_PAD=triton.next_power_of_2(routing.top_k),
+                H=num_expert_groups,
+                H_PAD=triton.next_power_of_2(num_expert_groups),
+                N=group_size,
+                N_PAD=triton.next_power_of_2(group_size),
+                TOP_H=routing.top_k_groups if limits else 1,
+                TOP_H_PAD=triton.next_power_of_2(routing.top_k_groups) if limits else 1,
+                TOP2=routing.group_score == "top2_sum",
+                SCORE=SCORE_NAMES.index(routing.score),
+                NORMALIZES=routing.normalizes,
+                RANKS_LOGITS=replay_ids_TK is not None or routing.ranks_logits(expert_bias_E is not None),
+                HAS_BIAS=expert_bias_E is not None,
+                HAS_REPLAY=replay_ids_TK is not None,
+                HAS_MASK=valid_mask_T is not None,
+                HAS_GROUPS=group_ids_T is not None,
+                COUNTS=num_groups > 0,
+                SUMS=with_sums,
+                BLOCK=block,
+                **_COMPILER,
+            )
     if not with_sums:
         prob_sums_GE = prob_sums_PE
     elif sums_here:
@@ -402,31 +410,32 @@ def backward(
     columns = triton.next_power_of_2(num_experts)
     block = max(1, min(tile // columns, 64))
     num_targets = 1 if target_GE is None else len(target_GE)
-    _backward_kernel[(triton.cdiv(num_tokens, block),)](
-        grad_weights_TK.contiguous(),
-        logits_TE,
-        ids_TK.contiguous(),
-        logits_TE if target_GE is None else target_GE.to(torch.float32).contiguous(),
-        logits_TE if z_weight is None else z_weight.to(torch.float32),
-        logits_TE if group_ids_T is None else group_ids_T.contiguous(),
-        logits_TE if valid_mask_T is None else valid_mask_T.contiguous().view(torch.uint8),
-        grad_TE,
-        num_tokens,
-        max(num_tokens // num_targets, 1),
-        num_targets,
-        routing.scale,
-        E=num_experts,
-        C=columns,
-        K=routing.top_k,
-        K_PAD=triton.next_power_of_2(routing.top_k),
-        SCORE=SCORE_NAMES.index(routing.score),
-        NORMALIZES=routing.normalizes,
-        HAS_TARGET=target_GE is not None,
-        ONE_TARGET=num_targets == 1,
-        HAS_Z=z_weight is not None,
-        HAS_GROUPS=group_ids_T is not None,
-        HAS_MASK=valid_mask_T is not None,
-        BLOCK=block,
-        **_COMPILER,
-    )
+    with torch.cuda.device_of(logits_TE):
+        _backward_kernel[(triton.cdiv(num_tokens, block),)](
+            grad_weights_TK.contiguous(),
+            logits_TE,
+            ids_TK.contiguous(),
+            logits_TE if target_GE is None else target_GE.to(torch.float32).contiguous(),
+            logits_TE if z_weight is None else z_weight.to(torch.float32),
+            logits_TE if group_ids_T is None else group_ids_T.contiguous(),
+            logits_TE if valid_mask_T is None else valid_mask_T.contiguous().view(torch.uint8),
+            grad_TE,
+            num_tokens,
+            max(num_tokens // num_targets, 1),
+            num_targets,
+            routing.scale,
+            E=num_experts,
+            C=columns,
+            K=routing.top_k,
+            K_PAD=triton.next_power_of_2(routing.top_k),
+            SCORE=SCORE_NAMES.index(routing.score),
+            NORMALIZES=routing.normalizes,
+            HAS_TARGET=target_GE is not None,
+            ONE_TARGET=num_targets == 1,
+            HAS_Z=z_weight is not None,
+            HAS_GROUPS=group_ids_T is not None,
+            HAS_MASK=valid_mask_T is not None,
+            BLOCK=block,
+            **_COMPILER,
+        )
     return grad_TE

@@ -273,7 +273,7 @@ class TestRefusals:
 
     def test_other_words(self) -> None:
         model, _ = stock_model("mixtral")
-        with pytest.raises(ValueError, match="keep='scores' must be 'input' or 'logits'"):
+        with pytest.raises(ValueError, match="keep='scores' must be 'input', 'logits' or 'host'"):
             attach(model, [], keep="scores")  # type: ignore[arg-type]
 
 

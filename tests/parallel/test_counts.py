@@ -158,11 +158,11 @@ def test_what_belongs_between_steps_is_refused_within_one(ranks: Ranks) -> None:
 def signals(folder: Path) -> tuple[list[bool], bool]:
     """Whether this rank stops, before and after a signal that came too late to be agreed on; and after its own."""
     trainer = Trainer(config_of(folder, PLANS["fsdp"][1]), name="deepseek_v3/tiny", quiet=True)
-    trainer._agree({"loss": 0.0})
+    trainer._agree({"loss": torch.zeros(())}, torch.zeros(()))
     seen = [trainer._stopping]
     if dist.get_rank() == 0:
         trainer._stop(signal.SIGTERM, None)
-    trainer._agree({"loss": 0.0})
+    trainer._agree({"loss": torch.zeros(())}, torch.zeros(()))
     seen.append(trainer._stopping)
     try:
         # The first that this rank receives itself, although it knows of the other's: no reason to break off.
@@ -185,7 +185,7 @@ def late_signal(folder: Path) -> bool:
 
     dist.all_reduce = and_then  # type: ignore[assignment]
     try:
-        trainer._agree({"loss": 0.0})
+        trainer._agree({"loss": torch.zeros(())}, torch.zeros(()))
     finally:
         dist.all_reduce = all_reduce
     return trainer._stopping

@@ -151,7 +151,7 @@ def train_balanced(
             pipeline.evaluate(call, lambda logits, m: None, [tuple(batches[0].ids_BS.shape)] * 2)
             pipeline.step(call, stage_loss(batches))
             for balancer in balancers.values():
-                for row in balancer.ledger.rows:
+                for row in balancer.ledger.settle():
                     assert row.counts_AE is not None
                     torch.testing.assert_close(row.counts_AE[0], counts[row.name], rtol=0, atol=0)
                     seen.append(row.name)

@@ -9,7 +9,10 @@ from torch import nn
 
 from trimtab.balancer import BALANCER, Balancer
 from trimtab.bias import BiasRule
+from trimtab.finalize import Losses
 from trimtab.hooks import ROUTER_STATE
+from trimtab.host_copies import HostCopies
+from trimtab.host_logits import HostLogits
 from trimtab.integrations.discovery import (
     FoundRouter,
     context_module,
@@ -24,7 +27,7 @@ from trimtab.ranks import TokenRanks
 from trimtab.router import Router
 from trimtab.scale import Accumulation, GradReduction
 
-Keep = Literal["input", "logits"]
+Keep = Literal["input", "logits", "host"]
 
 
 def attach(
@@ -37,8 +40,10 @@ def attach(
     ranks: TokenRanks | None = None,
     families: Mapping[str, Family | None] | None = None,
     keep: Keep = "input",
+    host_copies: HostCopies | None = None,
     fused: bool = True,
     measure_every: int = 10,
+    losses: Losses = "injected",
 ) -> Balancer:
     """Attach balancing to every router of a model; forward results do not change.
 
@@ -63,22 +68,30 @@ def attach(
             per layer, and saves one matrix product of the gate, about a third of the gate's own cost
             (`benchmarks/RESULTS.md`). Gates that are not plain linear layers, and
             gates that are frozen or run under autocast and so do not keep their input, keep their logits.
+            "host" keeps them in pinned host memory: they are copied beside the forward, and back beside the
+            backward. On the CPU, in checkpointed layers and under other hooks on saved tensors it is "logits".
+        host_copies: makes the copies for "host", and bounds the memory; None for one with defaults.
         fused: let `trimtab.Router` run choice, weights, counts and, in backward, the gradients of its weights
             and of all objectives as one node (`trimtab.fused`). Other routers get a hook, and so does it with
             False, to the same gradients.
         measure_every: steps between measurements of loss values, router entropy and logits; 0 for never.
+        losses: "injected" adds gradients during backward. "returned" leaves them to `Balancer.finalize`, whose
+            losses the caller adds to its own; the step's forwards then all run before its first backward.
+            Routers of trimtab are hooked as well, and all losses are measured in each step.
 
     Returns:
         The balancer.
 
     Raises:
-        ValueError: several processes without ``reduction``, ``ranks`` that disagree with it, or an objective
-            that cannot be summed over ranks; no router, a router that cannot be served, an objective or rule
-            that does not fit it, a score function that the router does not have, a stock auxiliary loss that
-            is active as well, or a balancer there already.
+        ValueError: ``host_copies`` without keep="host"; several processes without ``reduction``, ``ranks``
+            that disagree with it, or an objective that cannot be summed over ranks; no router, a router that
+            cannot be served, an objective or rule that does not fit it, a score function that the router does
+            not have, a stock auxiliary loss that is active as well, or a balancer there already.
     """
-    if keep not in ("input", "logits"):
-        raise ValueError(f"keep={keep!r} must be 'input' or 'logits'")
+    if keep not in ("input", "logits", "host"):
+        raise ValueError(f"keep={keep!r} must be 'input', 'logits' or 'host'")
+    if host_copies is not None and keep != "host":
+        raise ValueError(f"host_copies has no effect with keep={keep!r}; set keep='host', or leave it out")
     if not isinstance(objectives, Sequence) or not all(isinstance(c, Objective.Config) for c in objectives):
         raise ValueError(
             f"objectives={objectives!r} must be a list of configs, as in [trimtab.SequenceWise.Config(coef=1e-4)]"
@@ -97,11 +110,15 @@ def attach(
     verify(routers)
     if isinstance(accumulation, int):
         accumulation = Accumulation(num_microbatches=accumulation)
-    balancer = Balancer(built, rule, accumulation, reduction or GradReduction(), measure_every, ranks)
+    if losses not in ("injected", "returned"):
+        raise ValueError(f"losses={losses!r} must be 'injected' or 'returned'")
+    fused = fused and losses == "injected"
+    host = HostLogits(host_copies or HostCopies()) if keep == "host" else None
+    balancer = Balancer(built, rule, accumulation, reduction or GradReduction(), measure_every, ranks, losses)
     try:
         for router in routers:
             _check_logits(router, built)
-            balancer.add_router(router, _hook_arguments(router, keep, fused), router.family.expert_bias)
+            balancer.add_router(router, _hook_arguments(router, keep, host, fused), router.family.expert_bias)
         if rule is not None and all(layer.bias is None for layer in balancer.layers):
             raise ValueError(
                 f"no router matches layers={rule.config.layers}; the first is {routers[0].name!r}"
@@ -186,16 +203,21 @@ def _check_logits(router: FoundRouter, objectives: Sequence[Objective]) -> None:
         )
 
 
-def _hook_arguments(router: FoundRouter, keep: Keep, fused: bool) -> dict[str, object]:
+def _hook_arguments(
+    router: FoundRouter, keep: Keep, host: HostLogits | None, fused: bool
+) -> dict[str, object]:
     family = router.family
     direct = "." not in family.weight and (family.bias is None or "." not in family.bias)
     recompute = keep == "input" and router.linear_logits and direct
     return {
         "unpack": family.unpack,
         "repack": family.repack,
+        "replace": family.replace,
+        "dense_weights": family.dense_weights,
         "gate_weight": family.weight if recompute else None,
         "gate_bias": family.bias if recompute and router.bias is not None else None,
         "keeps_input": router.keeps_input,
+        "host": host,
         # A subclass with a forward of its own knows nothing of balancing.
         "fused": fused and type(router.module).forward is Router.forward,
     }

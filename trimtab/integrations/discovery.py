@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,17 @@ class FoundRouter:
     num_experts: int
     top_k: int
     score: ScoreName
+
+    @property
+    def kind(self) -> Hashable:
+        """Equal for routers that do the same but for their values: class, sizes and plain attributes."""
+        settings = tuple(
+            (name, value)
+            for name, value in sorted(vars(self.module).items())
+            if isinstance(value, bool | int | float | str) and name != "layer_idx"
+        )
+        sizes = (self.num_experts, self.top_k, None if self.weight is None else tuple(self.weight.shape))
+        return (type(self.module), self.family, self.score, self.grouped, sizes, settings)
 
     @property
     def parent(self) -> nn.Module:
@@ -208,17 +219,9 @@ def verify(found: FoundRouter | Sequence[FoundRouter]) -> None:
     """
     seen: set[Any] = set()
     for router in [found] if isinstance(found, FoundRouter) else found:
-        settings = tuple(
-            (name, value)
-            for name, value in sorted(vars(router.module).items())
-            if isinstance(value, bool | int | float | str) and name != "layer_idx"
-        )
-        weight = router.weight
-        sizes = (router.num_experts, router.top_k, None if weight is None else tuple(weight.shape))
-        kind = (type(router.module), router.family, router.score, router.grouped, sizes, settings)
-        if kind in seen:
+        if router.kind in seen:
             continue
-        seen.add(kind)
+        seen.add(router.kind)
         verify_router(
             router.module, router.block, router.family, router.name, router.num_experts, router.top_k
         )

@@ -16,53 +16,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from trimtab.integrations.layouts import (
+    Repack,
+    Replace,
+    Unpack,
+    repack_common,
+    repack_dense_scores,
+    replace_common,
+    replace_dense_scores,
+    unpack_common,
+    unpack_dense_scores,
+    unpack_probabilities,
+)
 from trimtab.scores import SCORE_NAMES, ScoreName
-
-Unpacked = tuple[Tensor, Tensor, Tensor]
-Unpack = Callable[[Any, int], Unpacked]
-Repack = Callable[[Any, Tensor], Any]
-
-
-# Output layouts: module-level functions of plain tensor code, because the hooks that call them are traced
-# by torch.compile and a closure per layer would recompile for each.
-
-
-def unpack_common(output: Any, top_k: int) -> Unpacked:
-    """(logits_TE, weights_TK, ids_TK, ...) of the layout nearly every family shares."""
-    return output[0], output[1], output[2]
-
-
-def repack_common(output: Any, weights_TK: Tensor) -> Any:
-    """The same output with ``weights_TK`` in place of the weights; further elements are kept."""
-    return (output[0], weights_TK, *output[2:])
-
-
-def unpack_dense_scores(output: Any, top_k: int) -> Unpacked:
-    """(logits_TE, scores_TE, ids_TK) from Llama 4's (scores_TE, logits_TE).
-
-    The weights are the whole (T, E) tensor that scales the expert inputs, zero at unselected experts. The
-    layout carries no indices, so they are the top-k of the logits, as in the router.
-    """
-    return output[1], output[0], output[1].detach().topk(top_k, dim=-1).indices
-
-
-def repack_dense_scores(output: Any, weights_TE: Tensor) -> Any:
-    """(weights_TE, logits_TE): Llama 4's layout with other weights."""
-    return (weights_TE, output[1])
-
-
-def unpack_probabilities(output: Any, top_k: int) -> Unpacked:
-    """(log probs_TE, weights_TK, ids_TK) from (probs_TE, weights_TK, ids_TK).
-
-    softmax(log p) = p, value and gradient, so balance losses are exact. The logits' common shift is lost:
-    logsumexp is 0, and a z-loss on these logits is meaningless (`Family.exact_logits` is False).
-    """
-    # A probability that underflowed is the smallest there is: the gradient of log 0 would be NaN.
-    return output[0].clamp(min=torch.finfo(output[0].dtype).tiny).log(), output[1], output[2]
-
 
 # Selection limited to expert groups.
 
@@ -135,6 +103,9 @@ class Family:
         unpack: (output, top_k) -> (logits_TE, weights, ids_TK); weights are (T, K), or (T, E) in a dense
             layout. Traced by torch.compile.
         repack: (output, weights) -> output with the weights replaced. Traced by torch.compile.
+        replace: (output, weights_TK, ids_TK) -> output with weights and ids replaced, to replay a routing
+            (`trimtab.replay_routing`); not needed where none is replayed. Traced by torch.compile.
+        dense_weights: the weights are (T, E), zero where an expert is not chosen.
         num_experts: attribute path on the router of E, the number of logits.
         top_k: attribute path on the router of K.
         weight: attribute path on the router of the gate's (E, D) weight.
@@ -164,6 +135,8 @@ class Family:
     source: str
     unpack: Unpack = unpack_common
     repack: Repack = repack_common
+    replace: Replace = replace_common
+    dense_weights: bool = False
     num_experts: str = "num_experts"
     top_k: str = "top_k"
     weight: str = "weight"
@@ -333,6 +306,8 @@ _ROWS = (
         score="sigmoid",
         unpack=unpack_dense_scores,
         repack=repack_dense_scores,
+        replace=replace_dense_scores,
+        dense_weights=True,
     ),
     _row("FlintTopKRouter", "flint", score="sigmoid", keeps_input=input_kept_by_shared_expert),
     _row("MiniMaxM2TopKRouter", "minimax_m2", score="sigmoid", expert_bias="block.e_score_correction_bias"),

@@ -44,9 +44,9 @@ class SparseLlama4TextMoe(Llama4TextMoe):
         """
         x_TD = hidden_states.reshape(-1, self.hidden_dim)
         scores_TE, logits_TE = self.router(x_TD)
-        # The output carries no ids: the same top-k again. Weights are read off the output, because hooks on the
-        # router add gradients to it.
-        ids_TK = logits_TE.detach().topk(self.top_k, dim=-1).indices
+        # The output carries no ids, and names experts by its weights alone, which hooks on the router may have
+        # replaced. A weight that underflowed to zero may stand for another expert: it adds nothing.
+        ids_TK = scores_TE.detach().topk(self.top_k, dim=-1).indices
         weights_TK = scores_TE.gather(1, ids_TK)
         return self.shared_expert(x_TD) + self.experts(x_TD, ids_TK, weights_TK), logits_TE
 

@@ -173,6 +173,7 @@ def run(
     num_experts: int | None,
     top_k: int | None,
     changes: Mapping[str, Any] | None = None,
+    shift: float = 0.0,
 ) -> Probe:
     """Run a stand-in of ``router`` on random tokens, with ``changes`` made to it.
 
@@ -183,6 +184,7 @@ def run(
         num_experts: E, or None to take it from the logits.
         top_k: K, or None to take it from the ids.
         changes: instance attributes to set on the stand-in, such as another K.
+        shift: added to all logits of a gate that is a linear map.
 
     Returns:
         The input, the output and what `Family.unpack` makes of it.
@@ -216,6 +218,9 @@ def run(
         active = min(ACTIVE_DIM, width)
         input_TD = torch.zeros(NUM_TOKENS, width, dtype=torch.float32)
         input_TD[:, :active] = torch.randn(NUM_TOKENS, active, generator=generator, dtype=torch.float32)
+        weight_ED = resolve(fresh, family.weight)
+        if shift and isinstance(weight_ED, Tensor):
+            input_TD[:, 0], weight_ED[:, 0] = 1.0, shift
         given = input_TD if family.input_ndim == 2 else input_TD.unflatten(0, (2, NUM_TOKENS // 2))
         # A clone: some routers scale their input in place.
         arguments = (given.clone(), bias_E) if family.bias_is_argument else (given.clone(),)

@@ -228,7 +228,11 @@ class Engine:
     # ---------------------------------------------------------------- a step
 
     def totals(self, batches: Sequence[TokenBatch]) -> dict[str, int]:
-        """Label tokens, tokens, sequences and documents of a step on all ranks; label tokens of each MTP depth."""
+        """Label tokens, tokens, sequences and documents of a step on all ranks; label tokens of each MTP depth.
+
+        Args:
+            batches: of this data rank, best on the host: on a device their sizes would be waited for.
+        """
         labels = label_totals(batches, mtp_of(self.config.model))
         names = [*labels, "num_tokens", *_DECLARED]
         local = [
@@ -239,7 +243,8 @@ class Engine:
         if self.mesh is not None and (group := self.mesh.group("tokens")) is not None:
             # Ranks that share sequences have read the same rows, and one of them speaks.
             speaks = int(self.mesh.rank("sequence") == 0)
-            summed = torch.tensor(local, device=self.device) * speaks
+            # Sizes come from the host and go there; by way of the device they would be waited for.
+            summed = torch.tensor(local) * speaks
             dist.all_reduce(summed, group=group)
             local = summed.tolist()
         return dict(zip(names, local, strict=True))
@@ -347,7 +352,10 @@ class Engine:
         if part.balancer is not None:
             tokens_T = None if self.shard.is_whole else self.shard.flat_index(len(batch.input_ids_BS))
             described = part.balancer.microbatch(
-                valid_mask=self._counted(batch), cu_seqlens=batch.cu_seqlens_G, tokens=tokens_T
+                valid_mask=self._counted(batch),
+                cu_seqlens=batch.cu_seqlens_G,
+                num_documents=len(batch.cu_seqlens_G) - 1,  # each row starts one
+                tokens=tokens_T,
             )
         shard, own_s = self.shard, self.shard.own_s
         x = hidden_BsD

@@ -93,8 +93,9 @@ class LoadCounter:
         if self.visual_mask_T is not None:
             places.append((-1, self.visual_mask_T))
         for row, mask_T in places:
-            ids = ids_TK[mask_T].flatten()
-            self.counts_DE[row].scatter_add_(0, ids, torch.ones_like(ids))
+            # Adding 0 for other tokens and not leaving them out, which would wait for their number.
+            ones_TK = mask_T[:, None].to(torch.int64).expand_as(ids_TK)
+            self.counts_DE[row].scatter_add_(0, ids_TK.flatten(), ones_TK.flatten())
 
 
 class Evaluated(Protocol):
@@ -130,7 +131,7 @@ def evaluate(engine: Evaluated, batches: Iterable[tuple[str, TokenBatch]]) -> di
         also ``modality_load`` ({"text" and "image": (L, E) assignments}) and ``modality_maxvio`` ({modality: (L,)
         largest load above the mean}).
     """
-    found = [(domain, batch.to(engine.device)) for domain, batch in batches]
+    found = [(domain, batch.send(engine.device)) for domain, batch in batches]
     domains = list(dict.fromkeys(domain for domain, _ in found))
     domain_of = {id(batch): domains.index(domain) for domain, batch in found}
     counters = [[LoadCounter(r, len(domains), engine.device) for r in part.routers] for part in engine.parts]

@@ -11,6 +11,7 @@ alone: neither visual tokens nor the two around them are labels.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Protocol
 
@@ -134,10 +135,9 @@ class ImageInputs:
     visual_mask_BS: Tensor
     positions_3BS: Tensor
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> ImageInputs:
-        """The same images with their tensors on a device."""
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)}
-        return ImageInputs(**moved)
+    def map(self, function: Callable[[Tensor], Tensor]) -> ImageInputs:
+        """The same images with each tensor replaced by what the function makes of it."""
+        return ImageInputs(**{field.name: function(getattr(self, field.name)) for field in fields(self)})
 
 
 @dataclass(frozen=True, slots=True, eq=False)

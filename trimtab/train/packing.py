@@ -62,16 +62,30 @@ class TokenBatch:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> TokenBatch:
         """The same microbatch with its tensors on a device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> TokenBatch:
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         for name, value in values.items():
-            if isinstance(value, Tensor | ImageInputs):
-                values[name] = value.to(device, non_blocking=non_blocking)
+            if isinstance(value, Tensor):
+                values[name] = function(value)
+            elif isinstance(value, ImageInputs):
+                values[name] = value.map(function)
         return TokenBatch(**values)
+
+    def send(self, device: torch.device) -> TokenBatch:
+        """The same microbatch on a device, to which it is copied while the device and the host go on."""
+        if device.type == "cpu":
+            return self.to(device)
+        # From pinned memory alone: from other memory each copy waits for all that the device has to do.
+        pinned = self._map(torch.Tensor.pin_memory) if device.type == "cuda" else self
+        return pinned.to(device, non_blocking=True)
 
     def document_ids_BS(self) -> Tensor:
         """(B, S) int64 index of each token's segment in the microbatch, 0 to G - 1."""
         starts = torch.zeros(self.input_ids_BS.numel(), dtype=torch.int64, device=self.input_ids_BS.device)
-        starts[self.cu_seqlens_G[:-1].long()] = 1
+        # Assigning 1 to indexed places would copy it to the device and wait.
+        starts.index_fill_(0, self.cu_seqlens_G[:-1].long(), 1)
         return (starts.cumsum(0) - 1).view_as(self.input_ids_BS)
 
 

@@ -77,7 +77,7 @@ def step_traffic(engine: Engine) -> list[Collective]:
     return [
         Collective(axis, operation, what, count, num_bytes, measured)
         for (axis, operation, what, measured), (count, num_bytes) in sums.items()
-        if count
+        if count or num_bytes
     ]
 
 
@@ -256,9 +256,14 @@ def _counts(engine: Engine, part: Part) -> Iterator[Collective]:
     if at_end:
         yield _times(1, "tokens", "all_reduce", "counts of the step", at_end)
     if balancer.measure_every:
-        # Numerator and denominator of each loss and of the entropy.
-        losses = len(rows) * 2 * (len(balancer.objectives) + 1) * _FLOAT64
-        yield Collective("tokens", "all_reduce", "losses", 1, losses, measured=True)
+        # Numerator and denominator of each loss and of the entropy; of losses of step scope sums of p and of lse^2.
+        losses = 0
+        for row in rows:
+            of_step = sum(objective.scope == "step" for objective in balancer.objectives)
+            losses += 2 * (len(balancer.objectives) + 1 - of_step) + (row.num_experts + 1) * of_step
+        # They join what is summed at the end of each step anyway.
+        joins = int(at_end == 0)
+        yield Collective("tokens", "all_reduce", "losses", joins, losses * _FLOAT64, measured=True)
         yield Collective("tokens", "all_reduce", "largest logits", 1, len(rows) * _FLOAT64, measured=True)
 
 

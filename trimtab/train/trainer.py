@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from trimtab.balancer import Balancer
 from trimtab.integrations.lora import is_adapter
@@ -217,9 +218,10 @@ class Trainer:
     def _train_step(self) -> dict[str, Any]:
         """One optimiser step: forwards and backwards of its microbatches, clipping, update, bias."""
         config, engine = self.config, self.engine
-        batches = [next(self.loader).to(self.device) for _ in range(engine.run.num_microbatches)]
+        batches = [next(self.loader) for _ in range(engine.run.num_microbatches)]
         # Known before the first forward, so that microbatches of any size weigh what they hold.
         totals = engine.totals(batches)
+        batches = [batch.send(self.device) for batch in batches]
         lr = config.optimizer.lr * config.lr_scheduler.factor(self.step + 1, config.training.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -233,9 +235,7 @@ class Trainer:
             losses["mtp_loss"] = engine.mtp_loss
         max_norm = math.inf if config.training.max_norm is None else config.training.max_norm
         grad_norm = clip_gradients(engine.parameters(), max_norm, self.mesh, copies=engine.copies)
-        # One wait for the device in each step: an update with a bad gradient could not be taken back.
-        numbers = self._agree({name: float(loss) for name, loss in losses.items()})
-        numbers["grad_norm"] = float(grad_norm)
+        numbers = self._agree(losses, grad_norm)
         if not all(map(math.isfinite, numbers.values())):
             raise TrainingError(self._not_finite(numbers))
         self.optimizer.step()
@@ -244,16 +244,20 @@ class Trainer:
             balancer.step()
         return {**numbers, "lr": lr, "num_tokens": totals["num_tokens"]}
 
-    def _agree(self, losses: dict[str, float]) -> dict[str, float]:
-        """Losses of all ranks; and whether a signal has reached one of them, so that all stop after this step."""
+    def _agree(self, losses: dict[str, Tensor], grad_norm: Tensor) -> dict[str, float]:
+        """Losses of all ranks and the norm, which all know; and whether a signal has reached one of them.
+
+        If one has, all stop after this step.
+        """
         signals = (signal.SIGINT, signal.SIGTERM)
-        reached_here = [float(self._signal == name) for name in signals]
-        told = torch.tensor([*losses.values(), *reached_here], dtype=torch.float64)
+        reached_here = [grad_norm.new_full((), self._signal == name) for name in signals]
+        told = torch.stack([value.double() for value in (*losses.values(), *reached_here)])
         if self.mesh is not None:
-            told = told.to(self.device)
             dist.all_reduce(told)
-        values = told.tolist()
+        # One wait for the device in each step: an update with a bad gradient could not be taken back.
+        *values, norm = torch.cat([told, grad_norm.double()[None]]).tolist()
         totals, reached = dict(zip(losses, values, strict=False)), values[len(losses) :]
+        totals["grad_norm"] = norm
         # Not self._signal: one that has come since is not known to the others, who would go on without this rank.
         self._agreed = next((name for name, number in zip(signals, reached, strict=True) if number), None)
         self._stopping = self._agreed is not None

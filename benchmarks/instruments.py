@@ -1,0 +1,170 @@
+"""Instruments that need no clock: operators, bytes held for backward, bytes alive."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch._library.custom_ops import OPDEFS
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from trimtab import ops
+
+_ATEN = torch.ops.aten
+_NO_KERNEL = {
+    _ATEN.detach,
+    _ATEN.empty,
+    _ATEN.empty_like,
+    _ATEN.empty_strided,
+    _ATEN.new_empty,
+    _ATEN.new_empty_strided,
+}
+
+
+class OpCounter(TorchDispatchMode):
+    """Counts aten operators that are not views and do not only allocate: of a GPU about one launch each.
+
+    Custom operators are looked into, so that what they call counts as if it stood outside.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        custom = OPDEFS.get(func.name().partition(".")[0])
+        if custom is not None:
+            with self:
+                return custom._init_fn(*args, **kwargs)
+        if func.namespace == "aten":
+            with self:
+                composite = func.decompose(*args, **kwargs)
+            if composite is not NotImplemented:
+                return composite
+            if not func.is_view and func.overloadpacket not in _NO_KERNEL:
+                self.names[str(func)] += 1
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Let trimtab run as it does when no mode looks at its operators, though one of this file does."""
+    with patch.object(ops, "_is_watched", lambda: False):
+        yield
+
+
+def count_ops(run: Callable[[], Any]) -> int:
+    """Operators of one run."""
+    with unwatched(), OpCounter() as counter:
+        run()
+    return counter.names.total()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """A number that grows with the layers: ``fixed + per_layer L``, and how far it is from a line at most."""
+
+    fixed: float
+    per_layer: float
+    error: float
+
+    @classmethod
+    def fit(cls, layers: Sequence[int], numbers: Sequence[float]) -> Line:
+        """Least squares."""
+        columns = torch.stack(
+            [torch.ones(len(layers)), torch.tensor(layers, dtype=torch.float32)], dim=1
+        ).double()
+        want = torch.tensor(numbers, dtype=torch.float64)
+        found = torch.linalg.lstsq(columns, want[:, None]).solution[:, 0]
+        fixed, per_layer = (round(value, 6) + 0.0 for value in found.tolist())
+        return cls(
+            fixed=fixed, per_layer=per_layer, error=round((columns @ found - want).abs().max().item(), 6)
+        )
+
+    def __sub__(self, other: Line) -> Line:
+        return Line(
+            fixed=round(self.fixed - other.fixed, 6),
+            per_layer=round(self.per_layer - other.per_layer, 6),
+            error=self.error + other.error,
+        )
+
+    def json(self) -> dict[str, float]:
+        """For a result file."""
+        return asdict(self)
+
+
+class _Held:
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def held_bytes(forward: Callable[[], Any], backward: Callable[[Any], None], others: Iterable[Tensor]) -> int:
+    """Bytes of distinct storages that autograd holds between forward and backward.
+
+    Args:
+        forward: returns what backward is called with.
+        backward: ends it.
+        others: tensors that are not counted, though held: parameters, and inputs that every variant holds.
+    """
+    alive: weakref.WeakSet[_Held] = weakref.WeakSet()
+
+    def pack(tensor: Tensor) -> _Held:
+        held = _Held(tensor)
+        alive.add(held)
+        return held
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
+        result = forward()
+    excluded = {tensor.untyped_storage().data_ptr() for tensor in others}
+    storages = {}
+    for held in alive:
+        storage = held.tensor.untyped_storage()
+        if storage.data_ptr() not in excluded:
+            storages[storage.data_ptr()] = storage.nbytes()
+    backward(result)
+    return sum(storages.values())
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the tensors that operators made and that still live, and the most there were at once.
+
+    What an operator allocates for itself while it runs is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._storages: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        # What comes from elsewhere is not counted, whatever views of it are returned.
+        self._see((args, kwargs), count=False)
+        out = func(*args, **kwargs)
+        self._see(out, count=True)
+        return out
+
+    def _see(self, tree: Any, *, count: bool) -> None:
+        for tensor in tree_leaves(tree):
+            if not isinstance(tensor, Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            key, nbytes = storage._cdata, storage.nbytes() if count else 0
+            if key not in self._storages:
+                self._storages[key] = weakref.ref(storage, partial(self._drop, key, nbytes))
+                self.now += nbytes
+                self.peak = max(self.peak, self.now)
+
+    def _drop(self, key: int, nbytes: int, ref: Any) -> None:
+        del self._storages[key]
+        self.now -= nbytes
