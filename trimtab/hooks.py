@@ -13,7 +13,7 @@ one graph for all layers, and copies or pickles of the model carry their own sta
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ from trimtab.injection import Injection
 from trimtab.ledger import Ledger
 from trimtab.microbatch import Concatenation, Context, Microbatch, describe, read_call
 from trimtab.replay import Weighing
+from trimtab.score_node import ScoreGradient, find_score_node, saved_tensors_are_packed
 from trimtab.scores import ScoreName, compute_dtype
 from trimtab.taps import inherit, through
 
@@ -53,6 +54,7 @@ class RouterState:
             another dtype.
         bias_holder: module that holds the selection bias, needed only if the bias rule reads scores.
         bias_path: attribute path of the bias on its holder.
+        at_scores: the gradient may be added where the router has its probabilities (`trimtab.score_node`).
         fused: the router counts and injects itself as part of its forward, so that it has no hook.
         host: where logits that are kept wait for backward; None: on the device.
     """
@@ -74,6 +76,7 @@ class RouterState:
         keeps_input: bool,
         bias_holder: nn.Module | None = None,
         bias_path: tuple[str, ...] = (),
+        at_scores: bool = False,
         fused: bool = False,
         host: HostLogits | None = None,
     ) -> None:
@@ -93,6 +96,7 @@ class RouterState:
         self.keeps_input = keeps_input
         self.bias_holder = bias_holder
         self.bias_path = bias_path
+        self.at_scores = at_scores
         self.fused = fused
         self.host = host
         self.host_device = None if host is None else host.device_type
@@ -130,6 +134,7 @@ def after_router(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     state: RouterState = getattr(module, ROUTER_STATE)
     gate_input = args[0] if args else next(iter(kwargs.values()))
     logits_TE, weights, ids_TK = state.unpack(output, state.top_k)
+    logits = logits_TE
     if logits_TE.dim() != 2:
         # Only where needed: gradients that meet at a view are added out of place.
         logits_TE = logits_TE.reshape(-1, logits_TE.shape[-1])
@@ -142,10 +147,12 @@ def after_router(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         return output if tapped else None
     expert_bias_E = expert_bias(state)
     injects = state.injects and logits_TE.requires_grad
+    parts = microbatch.parts
+    if injects and _adds_at_scores(state, parts, weights, logits, logits_TE, ids_TK, expert_bias_E):
+        return output if tapped else None
     gate_input_TD, gate_weight, gate_bias = (
         kept_gate(state, module, gate_input, logits_TE) if injects else (None, None, None)
     )
-    parts = microbatch.parts
     inputs = [None] * len(parts) if gate_input_TD is None else microbatch.split(gate_input_TD)
     for part, part_logits_TE, part_ids_TK, part_input_TD in zip(
         parts, microbatch.split(logits_TE), microbatch.split(ids_TK), inputs, strict=True
@@ -263,6 +270,80 @@ def host_place(state: RouterState, logits_TE: Tensor) -> Tensor | None:
     return state.place if logits_TE.device.type == state.host_device else None
 
 
+def _adds_at_scores(
+    state: RouterState,
+    parts: Sequence[Microbatch],
+    weights: Tensor,
+    logits: Tensor,
+    logits_TE: Tensor,
+    ids_TK: Tensor,
+    expert_bias_E: Tensor | None,
+) -> bool:
+    """Count, and add the gradient where the router has its probabilities; False, and nothing done, if it cannot.
+
+    Args:
+        state: of the router.
+        parts: of the forward; several are kept apart by several nodes.
+        weights: that the router returned.
+        logits: that it returned, as they are.
+        logits_TE: the same as (T, E).
+        ids_TK: (T, K).
+        expert_bias_E: (E,) selection bias if the bias rule reads it.
+    """
+    if not state.at_scores or state.score != "softmax" or len(parts) > 1 or torch.compiler.is_compiling():
+        return False
+    if state.ledger.returns:
+        return False
+    # Under checkpointing what a node has saved can be read once, and the node reads it itself.
+    if (state.has_z or state.needs_prob_sums) and saved_tensors_are_packed():
+        return False
+    found = find_score_node(weights, logits)
+    if found is None:
+        return False
+    node, in_place = found
+    (part,) = parts
+    num_sequences = 0 if part.sequence_of_group_G is None else part.num_sequences
+    counts_AGE, _ = _observe(state, part, logits_TE, ids_TK, expert_bias_E, num_sequences)
+    ScoreGradient(
+        state.handle,
+        part.ticket,
+        logits_TE,
+        counts_AGE,
+        part.num_tokens_G,
+        part.sequence_of_group_G,
+        num_sequences,
+        part.group_ids_T,
+        part.valid_mask_T,
+        has_z=state.has_z,
+        needs_prob_sums=state.needs_prob_sums,
+        in_place=in_place,
+    ).attach(node)
+    return True
+
+
+def _observe(
+    state: RouterState,
+    microbatch: Microbatch,
+    logits_TE: Tensor,
+    ids_TK: Tensor,
+    expert_bias_E: Tensor | None,
+    num_sequences: int,
+) -> tuple[Tensor, Tensor | None]:
+    return ops.observe(
+        state.handle,
+        microbatch.ticket,
+        logits_TE.detach(),
+        ids_TK,
+        expert_bias_E,
+        microbatch.group_ids_T,
+        microbatch.valid_mask_T,
+        microbatch.num_tokens_G,
+        microbatch.sequence_of_group_G,
+        num_sequences,
+        state.num_maps,
+    )
+
+
 def _balance(
     state: RouterState,
     microbatch: Microbatch,
@@ -285,19 +366,7 @@ def _balance(
             count without a gradient.
     """
     num_sequences = 0 if microbatch.sequence_of_group_G is None else microbatch.num_sequences
-    counts_AGE, zero = ops.observe(
-        state.handle,
-        microbatch.ticket,
-        logits_TE.detach(),
-        ids_TK,
-        expert_bias_E,
-        microbatch.group_ids_T,
-        microbatch.valid_mask_T,
-        microbatch.num_tokens_G,
-        microbatch.sequence_of_group_G,
-        num_sequences,
-        state.num_maps,
-    )
+    counts_AGE, zero = _observe(state, microbatch, logits_TE, ids_TK, expert_bias_E, num_sequences)
     if gate is None:
         return weights if zero is None else weights + zero.to(weights.dtype)
     returns = state.ledger.returns

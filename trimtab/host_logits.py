@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from trimtab.host_copies import HostCopies, HostCopy
+from trimtab.score_node import saved_tensors_are_packed
 
 # Operators receive numbers and tensors only; this is how they find what they are about.
 _places: weakref.WeakValueDictionary[int, HostLogits] = weakref.WeakValueDictionary()
@@ -230,6 +231,4 @@ def _find(key: Tensor) -> Held:
 
 def _is_kept_otherwise() -> bool:
     """Whether this is a recomputation, or hooks decide what is kept of a forward."""
-    if torch._C._current_graph_task_id() != -1:
-        return True
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    return torch._C._current_graph_task_id() != -1 or saved_tensors_are_packed()

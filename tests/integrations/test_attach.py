@@ -176,7 +176,8 @@ def test_checkpointing_counts_once(family: str, use_reentrant: bool) -> None:
     assert len(calls) == 4
     assert [int(c.sum()) for c in counted] == [K * sum(map(num_valid, batches))] * 2
     assert all(torch.equal(a, b) for a, b in zip(counted, plain_counts, strict=True))
-    assert relative_error(have, want) < 1e-6
+    # Under checkpointing the z-loss's gradient reaches a softmax router by another node: it rounds otherwise.
+    assert relative_error(have, want) < tolerance(family)
 
 
 @deprecated_name

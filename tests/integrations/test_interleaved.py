@@ -75,7 +75,7 @@ def step(way: Any, family: str, checkpointing: bool | None, compiled: bool) -> A
 @pytest.mark.parametrize("checkpointing", [None, False, True])
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "mixtral"])
 def test_stock_decoders(family: str, checkpointing: bool | None) -> None:
-    want = step(in_turn, family, None, False)
+    want = step(in_turn, family, checkpointing, False)
     have = step(by_turns, family, checkpointing, False)
     assert all(torch.equal(*pair) for pair in zip(have[0], want[0], strict=True))
     for name, grad in want[1].items():

@@ -218,6 +218,7 @@ def _hook_arguments(
         "gate_bias": family.bias if recompute and router.bias is not None else None,
         "keeps_input": router.keeps_input,
         "host": host,
+        "at_scores": keep == "input",
         # A subclass with a forward of its own knows nothing of balancing.
         "fused": fused and type(router.module).forward is Router.forward,
     }
