@@ -25,6 +25,7 @@ from benchmarks.routing_peers import TransformersLosses
 from benchmarks.routing_variants import Formula, balance, own_router, remove_gates
 from benchmarks.svg import Dot, Panel, line_panels
 from benchmarks.timing import Arm, compare_clocks, measure
+from trimtab.integrations.attach import Keep
 
 BASE = Case(tokens=4096, sequences=4, num_experts=64, top_k=8, layers=2, score="softmax")
 SIZES: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -45,7 +46,8 @@ def variants(case: Case) -> list[Variant]:
     out = [Variant("routing", "none", Net(case)), Variant("routing again", "none", Net(case))]
     for family, router, fused in (("trimtab fused", own_router, True), ("trimtab hook", None, False)):
         net = Net(case, router=router) if router else Net(case)
-        balancer = balance(net, case, "all", keep="logits", fused=fused)
+        keep: Keep = "logits" if fused else "input"  # the hook as it is by default
+        balancer = balance(net, case, "all", keep=keep, fused=fused)
         out.append(Variant(family, "all", net, balancer))
     out.append(Variant("formula + autograd", "sequence + z", Net(case, Formula(case, "sequence + z"))))
     out.append(Variant("transformers", "batch", Net(case, TransformersLosses(case))))

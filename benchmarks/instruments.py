@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from trimtab import ops
+from trimtab import hooks, ops
 
 _ATEN = torch.ops.aten
 _NO_KERNEL = {
@@ -110,13 +110,23 @@ class _Held:
         self.tensor = tensor
 
 
-def held_bytes(forward: Callable[[], Any], backward: Callable[[Any], None], others: Iterable[Tensor]) -> int:
-    """Bytes of distinct storages that autograd holds between forward and backward.
+def held_bytes(
+    forward: Callable[[], Any],
+    backward: Callable[[Any], None],
+    others: Iterable[Tensor],
+    *,
+    compiled: bool = False,
+) -> int:
+    """Bytes of distinct storages that live between forward and backward, but of the result.
+
+    What autograd saves, and in eager whatever else operators made that still lives: hooks of autograd's nodes hold
+    tensors too.
 
     Args:
         forward: returns what backward is called with.
         backward: ends it.
         others: tensors that are not counted, though held: parameters, and inputs that every variant holds.
+        compiled: forward runs compiled code, which nothing looks into.
     """
     alive: weakref.WeakSet[_Held] = weakref.WeakSet()
 
@@ -125,10 +135,20 @@ def held_bytes(forward: Callable[[], Any], backward: Callable[[Any], None], othe
         alive.add(held)
         return held
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
+    live = LiveBytes()
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor),
+        # These hooks give a saved tensor as often as it is asked for.
+        patch.object(hooks, "saved_tensors_are_packed", lambda: False),
+        nullcontext() if compiled else unwatched(),
+        nullcontext() if compiled else live,
+    ):
         result = forward()
+    storages = live.made()
+    for tensor in tree_leaves(result):
+        if isinstance(tensor, Tensor):
+            storages.pop(tensor.untyped_storage().data_ptr(), None)
     excluded = {tensor.untyped_storage().data_ptr() for tensor in others}
-    storages = {}
     for held in alive:
         storage = held.tensor.untyped_storage()
         if storage.data_ptr() not in excluded:
@@ -147,6 +167,11 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.now = self.peak = 0
         self._storages: dict[int, weakref.ref[Any]] = {}
+        self._made: dict[int, tuple[int, int]] = {}
+
+    def made(self) -> dict[int, int]:
+        """Bytes of the storages that operators made and that still live, by address."""
+        return dict(self._made.values())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -164,9 +189,12 @@ class LiveBytes(TorchDispatchMode):
             key, nbytes = storage._cdata, storage.nbytes() if count else 0
             if key not in self._storages:
                 self._storages[key] = weakref.ref(storage, partial(self._drop, key, nbytes))
+                if count:
+                    self._made[key] = storage.data_ptr(), nbytes
                 self.now += nbytes
                 self.peak = max(self.peak, self.now)
 
     def _drop(self, key: int, nbytes: int, ref: Any) -> None:
         del self._storages[key]
+        self._made.pop(key, None)
         self.now -= nbytes

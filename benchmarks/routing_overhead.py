@@ -199,7 +199,7 @@ def fit_operators(case: Case) -> dict[str, dict[str, float]]:
 def held_units(variant: Variant, case: Case, data: Data) -> float:
     """What autograd holds between forward and backward, in T E 4 bytes by layer; no parameters, no gate's input."""
     others = [*variant.net.parameters(), *(data.inputs if case.gate_dim else ())]
-    held = held_bytes(lambda: forward(variant, data), backward, others)
+    held = held_bytes(lambda: forward(variant, data), backward, others, compiled=variant.compiled is not None)
     clear(variant, data)
     return held / (case.layers * case.unit)
 

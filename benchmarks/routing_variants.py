@@ -113,6 +113,8 @@ def balance(net: Net, case: Case, objective: str, *, keep: Keep, fused: bool) ->
         source="this benchmark",
         input_ndim=2,
         expert_bias=bias,
+        # Without a gate there is nothing to compute logits again from.
+        linear_logits=bool(case.gate_dim),
     )
     return trimtab.attach(
         net,
@@ -149,7 +151,9 @@ def trimtab_variants(case: Case) -> list[Variant]:
     for words, keep in keeps.items():
         suffix = f", {words}" if words else ""
         for objective in OBJECTIVES:
-            add(f"trimtab hook{suffix}", objective, Routing, keep, False)
+            # The default, which without a gate holds logits only where the routing takes no softmax.
+            stock_keep = keep if case.gate_dim else "input"
+            add(f"trimtab hook{suffix}", objective, Routing, stock_keep, False)
         for objective in OBJECTIVES:
             add(f"trimtab fused{suffix}", objective, own_router, keep, True)
         for objective in OF_ROUTER:

@@ -63,8 +63,9 @@ def attach(
             summed over; None for all ranks if ``reduction`` says that all share a step.
         families: rows for router classes that the table of families lacks, by class name; None as a row
             leaves that class alone.
-        keep: what backward needs of a router: "input" computes the logits again from the gate's input,
-            which is kept anyway, and holds no [T, E] tensor; "logits" keeps the logits, one [T, E] tensor
+        keep: what backward needs of a router: "input" holds no [T, E] tensor: the gradient is added at the
+            router's own softmax (`trimtab.score_node`), or where it has none, the logits are computed again from
+            the gate's input, which is kept anyway; "logits" keeps the logits, one [T, E] tensor
             per layer, and saves one matrix product of the gate, about a third of the gate's own cost
             (`benchmarks/RESULTS.md`). Gates that are not plain linear layers, and
             gates that are frozen or run under autocast and so do not keep their input, keep their logits.
