@@ -170,7 +170,11 @@ class SyncGuard(TorchDispatchMode):
     def _found(self, name: str, why: str) -> None:
         frame = _caller()
         path = Path(frame.filename)
-        place = path.relative_to(_ROOT) if path.is_relative_to(_ROOT) else path.name
+        place = (
+            path.name
+            if "site-packages" in path.parts or not path.is_relative_to(_ROOT)
+            else path.relative_to(_ROOT)
+        )
         if self.raises:
             raise HostWaitError(f"{name} {why}: {place}:{frame.lineno}: {frame.line}")
         self.waits[f"{place} {frame.name}: {name}"] += 1

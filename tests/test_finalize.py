@@ -1,5 +1,7 @@
 """Losses that a step returns: their values, their gradients bit for bit those that are injected, one collective."""
 
+import contextlib
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -277,6 +279,53 @@ def test_losses_of_a_step_do_not_exist_before_its_last_forward() -> None:
     balancer.step()
 
 
+def test_a_forward_that_was_broken_off_returns_no_losses() -> None:
+    model = toy_model()
+    want = returned(model, SOME, RAGGED[:1])
+    balancer = attach(model, SOME, 1, losses="returned")
+    described = balancer.microbatch(
+        valid_mask=RAGGED[0].attention_mask, position_ids=RAGGED[0].position_ids.expand(3, 5)
+    )
+    with contextlib.suppress(KeyError), balancer.interleaved([described]) as (run,):
+        run(model, RAGGED[0].input_ids)
+        raise KeyError
+    total = task_loss(model, RAGGED[0])
+    losses = balancer.finalize()
+    (total + losses.balance_loss + losses.z_loss).backward()
+    balancer.step()
+    assert_grads_equal(grads(model), want[1])
+
+
+def test_tokens_per_expert_are_the_callers_own() -> None:
+    model = toy_model()
+    balancer = attach(model, SOME, 1, losses="returned")
+    (task_loss(model, RAGGED[0]) + (losses := balancer.finalize()).balance_loss).backward()
+    for counts_E in losses.tokens_per_expert.values():
+        counts_E.zero_()
+    balancer.step()
+    assert sum(balancer.metrics()["load"][0]) == pytest.approx(6)
+
+
+def test_ranks_that_are_only_declared_keep_their_share() -> None:
+    """Without process groups the gradient's factor is that of every rank's part, before finalize() and after."""
+    reduction = GradReduction(ranks="mean", num_ranks=4)
+    found = []
+    for losses in ("injected", "returned"):
+        model = toy_model()
+        balancer = attach(model, SOME, 1, reduction=reduction, losses=losses, measure_every=1)
+        total = task_loss(model, RAGGED[0])
+        step = balancer.finalize()
+        (total + (step.balance_loss + step.z_loss if losses == "returned" else 0)).backward()
+        balancer.step()
+        found.append(grads(model))
+    model = toy_model()
+    balancer = attach(model, SOME, 1, reduction=reduction)
+    task_loss(model, RAGGED[0]).backward()
+    balancer.step()
+    assert_grads_equal(found[0], grads(model))
+    assert_grads_equal(found[1], found[0])
+
+
 def test_a_step_whose_losses_nobody_asked_for_warns() -> None:
     model = toy_model()
     balancer = attach(model, SOME, 1, losses="returned")
@@ -302,6 +351,9 @@ def test_what_contradicts_returned_losses_is_refused() -> None:
     balancer = attach(model, SOME, 1, losses="returned")
     with pytest.raises(ValueError, match="scale them with the loss"):
         balancer.follow(torch.zeros(()))
+    task_loss(model, RAGGED[0])
+    with pytest.raises(RuntimeError, match="copy it after"):
+        copy.deepcopy(model)
 
 
 def test_the_audit_sees_losses_that_are_added_and_those_that_are_not() -> None:

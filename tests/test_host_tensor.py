@@ -334,3 +334,13 @@ def test_compiled_code_takes_what_was_waited_for() -> None:
     sent = Sent()
     function = torch.compile(lambda x: x * 2, backend="eager", fullgraph=True)
     assert torch.equal(function(wait(sent.tensor)), VALUES * 2)
+
+
+def test_a_join_of_memory_that_somebody_may_write_to_is_formed_at_once() -> None:
+    engine = SideStream()
+    sent = HostCopies(engine).send(VALUES.clone())
+    engine.run()
+    ordinary = wait(sent)
+    joined = torch.stack([sent, sent])
+    ordinary.zero_()
+    assert torch.equal(joined.clone(), torch.stack([VALUES, VALUES]))

@@ -156,7 +156,7 @@ def test_shape_of_the_batch() -> None:
     with trimtab.record_routing(balancer) as records, part:
         model(torch.zeros(1, 7, dtype=torch.int64))
     assert records[NAMES[0]][0]["ids"].shape == (7, 2)
-    with pytest.raises(ValueError, match="7 tokens are not 2 rows of one length: this forward held a part"):
+    with pytest.raises(ValueError, match="7 tokens are not rows of one length: this forward held a part"):
         records[NAMES[0]][0].by_sequence("ids")
 
 
@@ -224,6 +224,7 @@ def test_copies_do_not_wait() -> None:
         model(**RAGGED[0].call)
         stacked = records.stacked("ids")
         joined = records.joined("scores")[NAMES[1]]
+        assert not is_ready(records.joined("ids", length=50)[NAMES[1]])
         assert engine.count("to_host") == 4
         assert not is_ready(stacked)
         assert not is_ready(joined)

@@ -1,5 +1,6 @@
 """What may be given to replay_routing, and what it says of the rest. Shapes: L layers, T tokens, K top-k."""
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -33,14 +34,42 @@ def test_forms_of_ids() -> None:
         on_their_way,
     ]
     for form in forms:
-        with trimtab.replay_routing(model, form), trimtab.record_routing(model) as records:
+        with (
+            torch.no_grad(),
+            trimtab.replay_routing(model, form),
+            trimtab.record_routing(model) as records,
+        ):
             for one in BATCHES:
                 model(**one.call)
         assert torch.equal(records.stacked("ids"), ids_MLTK)
     for single in (ids_MLTK[0], dict(zip(names, ids_MLTK[0], strict=True))):
-        with trimtab.replay_routing(model, single), trimtab.record_routing(model) as records:
+        with torch.no_grad(), trimtab.replay_routing(model, single), trimtab.record_routing(model) as records:
             model(**BATCHES[0].call)
         assert torch.equal(records.stacked("ids")[0], ids_MLTK[0])
+
+
+@pytest.mark.parametrize("order", ["replay", "record"])
+def test_a_bare_model_whose_backward_may_come_after_the_block(order: str) -> None:
+    """Its hooks are gone by then, and checkpointed layers would be computed again with other experts."""
+    model = toy_model()
+    blocks = [trimtab.replay_routing(model, ids_of(BATCHES)[0]), trimtab.record_routing(model)]
+    with contextlib.ExitStack() as stack:
+        for block in blocks if order == "replay" else reversed(blocks):
+            stack.enter_context(block)
+        with pytest.raises(RuntimeError, match="Attach one that stays"):
+            model(**BATCHES[0].call)
+        with torch.no_grad():
+            model(**BATCHES[0].call)
+
+
+def test_a_part_of_a_model_with_a_balancer() -> None:
+    model = toy_model()
+    trimtab.attach(model, [])
+    with (
+        pytest.raises(RuntimeError, match="balancer is of the whole"),
+        trimtab.record_routing(model.blocks[0]),
+    ):
+        pass
 
 
 GOOD = random_ids(18)

@@ -113,6 +113,7 @@ def _route_part(
         num_sequences,
         state.num_maps,
         counts_GE,
+        reads=injects,
     )
     if not injects and logits_TE.requires_grad:
         weights_TK = weigh(logits_TE, ids_TK, routing, sorted_logits)

@@ -33,6 +33,10 @@ class StepLosses:
 
 def finalize(ledger: Ledger) -> StepLosses:
     """The step's losses; see `trimtab.balancer.Balancer.finalize`."""
+    if ledger.under_way is not None:
+        raise RuntimeError(
+            "finalize() inside balancer.interleaved(...), whose forwards have not ended; leave it first"
+        )
     ran = [row for row in ledger.rows if row.num_forwards]
     if not ran:
         raise RuntimeError(
@@ -64,5 +68,5 @@ def finalize(ledger: Ledger) -> StepLosses:
     if terms:
         balance_term, z_term = torch.stack(terms).double().sum(dim=0).unbind()
         sums = {False: sums[False] + balance_term, True: sums[True] + z_term}
-    counts = {row.name: row.counts_AE[0] for row in ledger.rows if row.counts_AE is not None}
+    counts = {row.name: row.counts_AE[0].clone() for row in ledger.rows if row.counts_AE is not None}
     return StepLosses(balance_loss=sums[False], z_loss=sums[True], tokens_per_expert=counts)

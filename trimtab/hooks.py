@@ -303,7 +303,7 @@ def _adds_at_scores(
     node, in_place = found
     (part,) = parts
     num_sequences = 0 if part.sequence_of_group_G is None else part.num_sequences
-    counts_AGE, _ = _observe(state, part, logits_TE, ids_TK, expert_bias_E, num_sequences)
+    counts_AGE, _ = _observe(state, part, logits_TE, ids_TK, expert_bias_E, num_sequences, True)
     ScoreGradient(
         state.handle,
         part.ticket,
@@ -328,6 +328,7 @@ def _observe(
     ids_TK: Tensor,
     expert_bias_E: Tensor | None,
     num_sequences: int,
+    reads: bool,
 ) -> tuple[Tensor, Tensor | None]:
     return ops.observe(
         state.handle,
@@ -341,6 +342,7 @@ def _observe(
         microbatch.sequence_of_group_G,
         num_sequences,
         state.num_maps,
+        reads=reads,
     )
 
 
@@ -366,7 +368,8 @@ def _balance(
             count without a gradient.
     """
     num_sequences = 0 if microbatch.sequence_of_group_G is None else microbatch.num_sequences
-    counts_AGE, zero = _observe(state, microbatch, logits_TE, ids_TK, expert_bias_E, num_sequences)
+    reads = gate is not None
+    counts_AGE, zero = _observe(state, microbatch, logits_TE, ids_TK, expert_bias_E, num_sequences, reads)
     if gate is None:
         return weights if zero is None else weights + zero.to(weights.dtype)
     returns = state.ledger.returns

@@ -108,10 +108,14 @@ class HostCopies:
         buffer = self.pool.take(source.numel())
         if buffer is None:
             return None
-        self.engine.side_waits(dense.device)
-        self.engine.copy(buffer.memory[: source.numel()], source)
-        self.engine.keep(source)
-        buffer.event = self.engine.record(dense.device)
+        try:
+            self.engine.side_waits(dense.device)
+            self.engine.copy(buffer.memory[: source.numel()], source)
+            self.engine.keep(source)
+            buffer.event = self.engine.record(dense.device)
+        except BaseException:
+            self.pool.give_back(buffer)
+            raise
         with torch.inference_mode(False):
             lent = self.pool.lend(buffer, source.numel())
             values = lent.view(dense.dtype).as_strided(dense.shape, dense.stride())

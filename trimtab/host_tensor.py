@@ -36,6 +36,7 @@ class Promise:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self._joins: weakref.WeakSet[Join] = weakref.WeakSet()
+        self.is_exposed = False  # somebody has an ordinary tensor in its memory, and may write to it
 
     def is_ready(self) -> bool:
         """Whether `result` returns without waiting."""
@@ -54,6 +55,7 @@ class Promise:
         """`result` for somebody who may write to it: joins that have taken the present values are formed first."""
         root = self.root
         with root.lock:
+            root.is_exposed = True
             joins = list(root._joins)
         for join in joins:
             join.result()
@@ -240,7 +242,11 @@ def _join(func: Any, tensors: Sequence[Tensor], *args: Any, **kwargs: Any) -> Ho
         for one in tensors
     ]
     like = func(likes, *args, **kwargs)
-    return HostTensor(Join(tensors, lambda ordinary: func(ordinary, *args, **kwargs)), like)
+    join = Join(tensors, lambda ordinary: func(ordinary, *args, **kwargs))
+    if any(isinstance(one, HostTensor) and one.promise.root.is_exposed for one in tensors):
+        # Later writes would not be noticed; the values are there, so that nobody waits for them.
+        join.result()
+    return HostTensor(join, like)
 
 
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

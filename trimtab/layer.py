@@ -165,6 +165,12 @@ def save_layers(layers: Sequence[Layer], rows: Sequence[Row]) -> dict[str, dict[
     return saved
 
 
+def _device_of(layer: Layer) -> torch.device | None:
+    """Where a layer's counts will be; None if it is not known yet."""
+    parameter = next(layer.router.module.parameters(), None)
+    return None if parameter is None or parameter.is_meta else parameter.device
+
+
 def load_layers(layers: Sequence[Layer], rows: Sequence[Row], saved: Mapping[str, Mapping[str, Any]]) -> None:
     """Restore what `save_layers` returned.
 
@@ -178,12 +184,11 @@ def load_layers(layers: Sequence[Layer], rows: Sequence[Row], saved: Mapping[str
             f"{sorted(have - given)[:3]}; load it into the model it was saved with"
         )
     for layer, row in zip(layers, rows, strict=True):
-        device = next(layer.router.module.parameters()).device
-        # Moved here once, or the first step would copy it in each of its backwards, and wait.
-        entry: dict[str, Any] = {
-            name: value.to(device) if isinstance(value, Tensor) else value
-            for name, value in saved[row.name].items()
-        }
+        entry: dict[str, Any] = dict(saved[row.name])
+        device = _device_of(layer)
+        if device is not None:
+            # Moved here once, or the first step would copy it in each of its backwards, and wait.
+            entry |= {name: value.to(device) for name, value in entry.items() if isinstance(value, Tensor)}
         row.load_state(entry)
         layer.running_load_E = entry["running_load_E"]
         if layer.bias is not None:

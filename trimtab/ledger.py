@@ -112,7 +112,15 @@ class Ledger:
         return self.under_way is not None or any(row.num_forwards or row.num_counting for row in self.rows)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the identity, which a copy must not share."""
+        """Everything but the identity, which a copy must not share.
+
+        Raises:
+            RuntimeError: losses that are returned are part of an autograd graph.
+        """
+        if any(row.terms for row in self.rows):
+            raise RuntimeError(
+                "a model with losses='returned' was copied within a step; copy it after balancer.step()"
+            )
         return {key: value for key, value in self.__dict__.items() if key != "id"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -147,10 +155,12 @@ class Ledger:
         sequence_of_group_G: Tensor | None,
         num_sequences: int,
         executed_GE: Tensor | None = None,
+        reads: bool = True,
     ) -> Tensor:
         """Counts of one microbatch, (A, G, E) int64, added to the row unless this is a recomputation.
 
-        ``executed_GE`` are counts of the executed assignments that the router has made already.
+        ``executed_GE`` are counts of the executed assignments that the router has made already; ``reads`` is
+        whether a backward is expected to read what is counted.
 
         Raises:
             RuntimeError: the step has had all its microbatches, or forwards run by turns and this is none of
@@ -177,8 +187,15 @@ class Ledger:
         counted_ahead = self.plan.order == "counting_pass" and not self.counting
         if ticket not in self.sums.forwards:
             sizes = batch_sizes(num_tokens_G, sequence_of_group_G, num_sequences)
-            self.sums.begin(ticket, sizes, self.rows, adds=not counted_ahead, under_way=into is not row)
-        self.sums.observe(ticket, row_index, counts_AGE)
+            self.sums.begin(
+                ticket,
+                sizes,
+                self.rows,
+                adds=not counted_ahead,
+                under_way=into is not row,
+                counting=self.counting,
+            )
+        self.sums.observe(ticket, row_index, counts_AGE, reads=reads)
         if into.statistic is not None and not counted_ahead:
             assert expert_bias_E is not None
             into.statistic.add(logits_TE, row.score, row.top_k, expert_bias_E, valid_mask_T)
@@ -209,6 +226,8 @@ class Ledger:
         if self.under_way is not None and ticket in self.under_way:
             self.under_way.drop(ticket)
             self.sums.drop(ticket)
+            for row in self.rows:
+                row.terms = [(of, term) for of, term in row.terms if int(of) != ticket]
 
     def _check_room(self, row_index: int) -> None:
         """Raise if the step has had all its microbatches: its counts and weights would be wrong."""
@@ -288,13 +307,16 @@ class Ledger:
     ) -> tuple[Tensor | None, Tensor | None]:
         forward = self.sums.forwards.get(ticket)
         found = None if forward is None else forward.targets.pop(row_index, None)
-        if found is not None and all(tensor is None or tensor.dtype == dtype for tensor in found):
+        fits = found is not None and all(tensor is None or tensor.dtype == dtype for tensor in found)
+        # A backward with another scale has begun since targets were formed, or it broke off and is tried again.
+        if found is not None and fits and forward is not None and forward.loss_scale is self.loss_scale:
             return found
         if forward is None or row_index not in forward.counts:
             # It was read before (a backward that runs in two passes), or its step has ended.
             return layer_targets(self, [row_index], ticket, [counts_AGE], groups, dtype)[row_index]
         places = next(places for places in alike(self.rows, forward.counts) if row_index in places)
         counts = [forward.counts[place] for place in places]
+        forward.loss_scale = self.loss_scale
         forward.targets.update(layer_targets(self, places, ticket, counts, groups, dtype))
         if not self.sums.sums_groups:
             for place in places:
@@ -328,7 +350,7 @@ class Ledger:
             RuntimeError: forwards of the step are under way.
         """
         if self.under_way is not None:
-            raise RuntimeError("balancer.step() inside balancer.interleaved(...); leave the block first")
+            raise RuntimeError("step() inside balancer.interleaved(...); leave the block first")
         if self.numbers is not None:
             return self.numbers
         self.settle()

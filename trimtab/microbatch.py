@@ -46,6 +46,7 @@ class Microbatch:
         self.valid_mask_T = valid_mask_T
         self.sequence_of_group_G = sequence_of_group_G
         self.ticket = _NO_TICKET  # () int64 on the CPU, names the forward
+        self.is_part = False  # some tokens of its rows, as `take` says
         self.by_turns = False  # parts of its forward say themselves whose they are
         self.tap: Any = None  # `trimtab.taps.Tap`: what is recorded or replayed of its forward
 
@@ -60,7 +61,7 @@ class Microbatch:
 
     def with_active(self, active: bool) -> "Microbatch":
         """The same tokens in a forward of their own, counting or not."""
-        return Microbatch(
+        made = Microbatch(
             active,
             self.num_tokens_G,
             self.num_rows,
@@ -69,6 +70,8 @@ class Microbatch:
             self.valid_mask_T,
             self.sequence_of_group_G,
         )
+        made.is_part = self.is_part
+        return made
 
     def take(self, tokens_T: Tensor) -> "Microbatch":
         """One rank's tokens of it; groups keep the sizes that they have on all ranks together.
@@ -81,7 +84,7 @@ class Microbatch:
             group_ids_T = torch.arange(num_groups, device=tokens_T.device).repeat_interleave(
                 self.num_rows // num_groups
             )
-        return Microbatch(
+        taken = Microbatch(
             self.active,
             self.num_tokens_G,
             len(tokens_T),
@@ -90,6 +93,8 @@ class Microbatch:
             None if self.valid_mask_T is None else self.valid_mask_T[tokens_T],
             self.sequence_of_group_G,
         )
+        taken.is_part = True
+        return taken
 
     def to(self, device: torch.device) -> "Microbatch":
         """The same microbatch on a router's device."""
@@ -163,6 +168,7 @@ class Context:
         self.module: Any = None  # whose forward tells the batch
         self.ledger: Any = None  # to be told when a forward ends; None if its counts stay on this rank
         self.taps: Any = None  # `trimtab.taps.Taps`: what is recorded or replayed; None while nobody asks
+        self.ends_with_block = False  # hooks are taken off with a block, and backward may come after it
         self._clock = torch.zeros((), dtype=torch.int64, device="cpu")
 
     def number(self, microbatch: Microbatch | Concatenation) -> None:

@@ -43,6 +43,7 @@ def observe(
     num_sequences: int,
     num_maps: int,
     executed_GE: Tensor | None = None,
+    reads: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Count one microbatch of one layer; see `Ledger.observe`.
 
@@ -63,6 +64,7 @@ def observe(
             num_sequences,
             num_maps,
             executed_GE,
+            reads,
         )
         return counts_AGE, zero
     ledger, row = ledger_of(handle)
@@ -79,6 +81,7 @@ def observe(
             sequence_of_group_G,
             num_sequences,
             executed_GE,
+            reads,
         )
     return counts_AGE, None
 
@@ -136,6 +139,7 @@ def observe_traced(
     num_sequences: int,
     num_maps: int,
     executed_GE: Tensor | None = None,
+    reads: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """`observe` as an operator."""
     ledger, row = ledger_of(handle)
@@ -153,6 +157,7 @@ def observe_traced(
         # Copies, of what is given and what is returned: the ledger keeps counts until backward, and a compiler
         # may use the memory of either for something else as soon as its own graph is through with it.
         None if executed_GE is None else executed_GE.clone(),
+        reads,
     )
     return counts_AGE.clone(), torch.zeros((), dtype=torch.float32, device=counts_AGE.device)
 
@@ -171,6 +176,7 @@ def _(
     num_sequences: int,
     num_maps: int,
     executed_GE: Tensor | None = None,
+    reads: bool = True,
 ) -> tuple[Tensor, Tensor]:
     counts_AGE = ids_TK.new_empty(num_maps, num_tokens_G.shape[0], logits_TE.shape[1])
     return counts_AGE, ids_TK.new_empty((), dtype=torch.float32)

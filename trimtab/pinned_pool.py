@@ -81,11 +81,15 @@ class PinnedPool:
                 if buffer is not None or wanted > self.max_bytes:
                     return buffer
                 if self._on_their_way:
-                    first = self._on_their_way.pop(0)
-                    self.engine.wait(first.event)
-                    self._is_free(first)
+                    # Waiting may be interrupted, and the buffer must be in one place and one alone.
+                    self.engine.wait(self._on_their_way[0].event)
+                    self._is_free(self._on_their_way.pop(0))
                 elif not self._await_let_go(deadline):
                     return None
+
+    def give_back(self, buffer: Buffer) -> None:
+        """Take back a buffer that was not lent; a copy may be on its way to it."""
+        self._let_go.put(buffer)
 
     def lend(self, buffer: Buffer, num_bytes: int) -> Tensor:
         """The buffer's first bytes, an (n,) uint8 tensor; the buffer comes back when nothing lies in that memory.
@@ -114,13 +118,10 @@ class PinnedPool:
                 self._on_their_way.append(self._let_go.get_nowait())
             except queue.Empty:
                 break
-        waiting = []
-        for buffer in self._on_their_way:
+        for buffer in list(self._on_their_way):
             if buffer.event is None or self.engine.is_reached(buffer.event):
+                self._on_their_way.remove(buffer)
                 self._is_free(buffer)
-            else:
-                waiting.append(buffer)
-        self._on_their_way = waiting
 
     def _is_free(self, buffer: Buffer) -> None:
         buffer.event = None

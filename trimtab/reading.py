@@ -132,12 +132,12 @@ def read_layers(
     def read_step(mode: CountsMode) -> tuple[Tensor, Tensor]:
         # A schedule may run one backward twice, for inputs and for weights: both read the same.
         known = {} if forward is None else forward.read
-        if any((place, mode) not in known for place in places):
+        if any((place, mode, dtype) not in known for place in places):
             counts_LAE, num_tokens_L = step_counts(rows, mode, ledger.num_microbatches, dtype)
             values = zip(counts_LAE.unbind(), num_tokens_L.unbind(), strict=True)
-            known.update(zip([(place, mode) for place in places], values, strict=True))
+            known.update(zip([(place, mode, dtype) for place in places], values, strict=True))
             return counts_LAE, num_tokens_L
-        read = [known[place, mode] for place in places]
+        read = [known[place, mode, dtype] for place in places]
         return torch.stack([counts_AE for counts_AE, _ in read]), torch.stack([tokens for _, tokens in read])
 
     return Reading(
@@ -159,7 +159,8 @@ def _totals(ledger: "Ledger", rows: Sequence[Row], sizes: Tensor, dtype: torch.d
     Where counts are not summed over ranks, R times this rank's.
     """
     data_ranks = ledger.reduction.num_ranks // ledger.ranks.num_sequence_ranks
-    share = 1 if ledger.sums.sums_totals or ledger.numbers is not None else data_ranks
+    are_of_all = ledger.sums.sums_totals or (ledger.numbers is not None and ledger.ranks.tokens is not None)
+    share = 1 if are_of_all else data_ranks
     counted = [row.sizes for row in rows if row.sizes is not None]
     if ledger.plan.counts_are_complete and len(counted) == len(rows):
         sizes = torch.stack(counted) * share

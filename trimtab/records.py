@@ -30,7 +30,7 @@ class Record:
             selection bias and not normalised, float32 at least.
         ids_TK: (T, K) experts chosen.
         weights_TK: (T, K) their weights as the experts are given them.
-        num_sequences: B, rows of the batch that the tokens are of, row after row.
+        num_sequences: B, rows of the batch that the tokens are, row after row; 0 for some tokens of rows.
     """
 
     logits_TE: Tensor | None = None
@@ -68,7 +68,7 @@ class Record:
         num_tokens = value.shape[0]
         if self.num_sequences < 1 or num_tokens % self.num_sequences:
             raise ValueError(
-                f"{num_tokens} tokens are not {self.num_sequences} rows of one length: this forward held a part of "
+                f"{num_tokens} tokens are not rows of one length: this forward held a part of "
                 "its batch (balancer.microbatch(tokens=...)); read them in the order of these tokens"
             )
         return value.unflatten(0, (self.num_sequences, num_tokens // self.num_sequences))
@@ -223,7 +223,16 @@ class RoutingRecords(Mapping[str, tuple[Record, ...]]):
                         f"{name}: {whole.shape[1]} tokens of each sequence were recorded, more than length={length}"
                     )
                 whole = torch.cat(
-                    [whole, whole.new_full((whole.shape[0], missing, whole.shape[2]), -1)], dim=1
+                    [
+                        whole,
+                        torch.full(
+                            (whole.shape[0], missing, whole.shape[2]),
+                            -1,
+                            dtype=whole.dtype,
+                            device=whole.device,
+                        ),
+                    ],
+                    dim=1,
                 )
             result[name] = whole.flatten(0, 1)
         return result

@@ -49,17 +49,22 @@ class Forward:
         sizes: (3,) tokens, sequences and documents of this rank's sequences.
         adds: they are added to the step's; not so if a counting pass has counted these tokens already.
         under_way: layers may still follow, so that nobody but its end starts its sums.
+        has_backward: some layer's backward may read it.
+        unread: rows whose backward does not, because their logits have no gradient.
         counts: (A, G, E) of this rank's tokens by row; after reduction, of whole sequences. Let go of once
             nobody can read them.
         waiting: rows whose counts have not joined the step's.
         totals: (A, E) counts and (3,) sizes over all ranks by row, after reduction.
         read: what backward has read of the step's counts, for a backward that runs twice.
+        loss_scale: that was known when targets were formed.
         targets: (G or 1, E) targets and z-loss weights () by row, from the first router backward to the row's own.
     """
 
     sizes: Tensor
     adds: bool
     under_way: bool = False
+    has_backward: bool = True
+    unread: list[int] = field(default_factory=list)
     counts: dict[int, Tensor] = field(default_factory=dict)
     waiting: list[int] = field(default_factory=list)
     totals: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -67,7 +72,8 @@ class Forward:
     totals_sum: PackedSum | None = None
     started: bool = False
     settled: bool = False
-    read: dict[tuple[int, CountsMode], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    read: dict[tuple[int, CountsMode, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    loss_scale: Tensor | None = None
     targets: dict[int, tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)
 
 
@@ -103,17 +109,21 @@ class CountReduction:
         """Whether backward reads counts of other ranks."""
         return self.sums_groups or self.sums_totals
 
-    def begin(self, ticket: int, sizes: Tensor, rows: Sequence[Row], *, adds: bool, under_way: bool) -> None:
+    def begin(
+        self, ticket: int, sizes: Tensor, rows: Sequence[Row], *, adds: bool, under_way: bool, counting: bool
+    ) -> None:
         """Begin a forward; what those before it counted joins the step's, if that needs no sum."""
         if not self.is_needed:
             self.settle(rows)
-        self.forwards[ticket] = Forward(sizes, adds, under_way)
+        self.forwards[ticket] = Forward(sizes, adds, under_way, bool(self.objectives) and not counting)
 
-    def observe(self, ticket: int, row: int, counts_AGE: Tensor) -> None:
-        """Lay down the counts of one layer in one forward."""
+    def observe(self, ticket: int, row: int, counts_AGE: Tensor, *, reads: bool) -> None:
+        """Lay down the counts of one layer in one forward, which its backward reads or does not."""
         forward = self._unsettled[ticket] = self.forwards[ticket]
         forward.counts[row] = counts_AGE
         forward.waiting.append(row)
+        if not reads:
+            forward.unread.append(row)
 
     def drop(self, ticket: int) -> None:
         """Forget a forward that was broken off."""
@@ -152,7 +162,7 @@ class CountReduction:
             # Ranks that share sequences know the same sizes, and one of them speaks.
             speaks = int(self.ranks.is_first_of_sequence)
             tensors = [counts_AGE.sum(dim=1) for counts_AGE in forward.counts.values()]
-            tensors += [sizes[place] * speaks for place in forward.counts]
+            tensors += [sizes[p].to(counts.device) * speaks for p, counts in forward.counts.items()]
             forward.totals_sum = PackedSum(tensors, self.ranks.tokens)
 
     def settle(self, rows: Sequence[Row]) -> None:
@@ -166,9 +176,12 @@ class CountReduction:
                 self._wait(forward)
             _join(forward, rows)
             del self._unsettled[ticket]
-            if not self.objectives:
-                # Nobody will read it in backward.
+            if not forward.has_backward:
                 del self.forwards[ticket]
+            elif not self.sums_groups:
+                for place in forward.unread:
+                    forward.counts.pop(place, None)
+                forward.unread = []
 
     def _wait(self, forward: Forward) -> None:
         forward.settled = True
@@ -185,7 +198,10 @@ class CountReduction:
             forward.waiting = list(local)
         elif self.sums_groups:
             # What joins the step's are this rank's own tokens.
-            forward.totals = {place: (local[place].sum(dim=1), forward.sizes) for place in forward.waiting}
+            forward.totals = {
+                place: (local[place].sum(dim=1), forward.sizes.to(local[place].device))
+                for place in forward.waiting
+            }
 
     def groups(self, ticket: int, row: int, counts_AGE: Tensor) -> Tensor:
         """(A, G, E) counts of whole sequences; ``counts_AGE`` is this rank's own."""

@@ -52,10 +52,14 @@ class Replay:
         layers: of the model, as the ids are laid out.
         microbatches: of each the (L, T, K) ids, in few bytes, -1 where the router chooses.
         has_gaps: some id may be -1.
+        lasts: hooks stay on the model after the block, where a backward may need them.
     """
 
-    def __init__(self, layers: Sequence[Row], microbatches: Sequence[Tensor], has_gaps: bool) -> None:
+    def __init__(
+        self, layers: Sequence[Row], microbatches: Sequence[Tensor], has_gaps: bool, lasts: bool = True
+    ) -> None:
         self.layers = tuple(layers)
+        self.lasts = lasts
         self.has_gaps = has_gaps
         self.num_layers, self.top_k = len(layers), max(layer.top_k for layer in layers)
         self.dtype = microbatches[0].dtype
@@ -248,7 +252,7 @@ def _flat(where: str, layer: Row, ids: Tensor) -> Tensor:
             f"{where}: {layer.name} has shape {tuple(ids.shape)}, that is K = {ids.shape[-1]}, but its router "
             f"chooses K = {layer.top_k} experts for each token; ids of another top-k cannot be replayed"
         )
-    return ids.flatten(0, -2)
+    return ids.flatten(0, -2).to(torch.int64)
 
 
 def _check_values(where: str, layer: Row, ids_TK: Tensor) -> bool:

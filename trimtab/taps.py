@@ -80,6 +80,12 @@ class Taps:
             counting: its forward is one of a counting pass: nothing to record, the step's own forward follows.
         """
         compiling = torch.compiler.is_compiling()
+        if self.replay is not None and not self.replay.lasts and torch.is_grad_enabled() and not counting:
+            raise RuntimeError(
+                "replay_routing(...) was given a model without a balancer, whose hooks end with the block: a "
+                "backward after it would compute checkpointed layers again with other experts. Attach one that "
+                "stays, as in balancer = trimtab.attach(model, []), or run the model under torch.no_grad()"
+            )
         # Computed again as a whole, it is the microbatch that it was.
         if not compiling and torch._C._current_graph_task_id() != -1:
             return None
@@ -132,6 +138,8 @@ def replayed_ids(state: RouterState, microbatch: Microbatch | Concatenation) -> 
             ids_TK = layer_ids_traced(ids_LTK, state.handle)
         else:
             ids_TK = ids_LTK[state.row].to(torch.int64)
+        # Layers of one model may lie on several devices.
+        ids_TK = ids_TK.to(part.num_tokens_G.device, non_blocking=True)
         found.append(ids_TK if ids_LTK.shape[-1] == state.top_k else ids_TK[:, : state.top_k])
     return found[0] if len(found) == 1 else torch.cat(found)
 
@@ -155,12 +163,11 @@ def record(
         return None
     handle: Tensor = microbatch.tap.records
     values = logits_TE.detach(), ids_TK, weights_TK.detach()
+    num_sequences = 0 if microbatch.is_part else microbatch.num_sequences
     if torch.compiler.is_compiling():
-        zero: Tensor = record_traced(
-            handle, state.handle, microbatch.ticket, *values, microbatch.num_sequences
-        )
+        zero: Tensor = record_traced(handle, state.handle, microbatch.ticket, *values, num_sequences)
         return zero
-    _record(handle, state.handle, microbatch.ticket, *values, microbatch.num_sequences)
+    _record(handle, state.handle, microbatch.ticket, *values, num_sequences)
     return None
 
 

@@ -91,6 +91,7 @@ def test_a_model_replays_itself(family: str) -> None:
     with trimtab.record_routing(model, what=("ids", "weights")) as first:
         want = model(**given)
     with (
+        torch.no_grad(),
         trimtab.record_routing(model, what=("ids", "weights")) as second,
         trimtab.replay_routing(model, first),
     ):
@@ -109,7 +110,7 @@ def test_llama4s_sparse_block_uses_them_too() -> None:
         if sparse:
             for layer in model.model.layers:
                 make_sparse(layer.feed_forward)
-        with trimtab.replay_routing(model, ids_LTK):
+        with torch.no_grad(), trimtab.replay_routing(model, ids_LTK):
             outputs.append(model(**make_batch()).logits)
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-6, atol=1e-8)
 
@@ -126,6 +127,7 @@ def test_gaps_in_stock_models(family: str) -> None:
     ids_LTK[1] = -1  # what comes before changes its input
     ids_LTK[0, 1::2] = random_ids(16, 8)
     with (
+        torch.no_grad(),
         trimtab.replay_routing(model, ids_LTK),
         trimtab.record_routing(model, what=("ids", "weights")) as have,
     ):

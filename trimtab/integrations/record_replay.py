@@ -92,7 +92,8 @@ def replay_routing(target: Target, ids: Ids) -> Iterator[None]:
 
         with trimtab.record_routing(rollout_model) as records:
             rollout_model(input_ids)
-        with trimtab.replay_routing(model, records):
+        balancer = trimtab.attach(model, objectives)
+        with trimtab.replay_routing(balancer, records):
             loss = model(input_ids, labels=labels).loss
         loss.backward()
 
@@ -102,7 +103,8 @@ def replay_routing(target: Target, ids: Ids) -> Iterator[None]:
     pass in the block is given the same microbatches as the forwards after it.
 
     Args:
-        target: as in `record_routing`.
+        target: as in `record_routing`; a model without a balancer only where no gradients are recorded, because
+            its hooks end with the block.
         ids: records, or for each microbatch {layer: ids} or one (L, T, K) tensor, layers in the model's order; as a
             list, one (M, L, T, K) tensor, or alone for one microbatch. The ids of a layer are (T, K) or (B, S, K)
             integers: T tokens in the model's order, padding as well. A token without ids has -1 in all K places,
@@ -122,6 +124,7 @@ def replay_routing(target: Target, ids: Ids) -> Iterator[None]:
             routers = [layer.router for layer in balancer.layers]
             device = next(routers[0].module.parameters()).device
             replay = replay_of(balancer.ledger.rows, by_layer, device, others=all_names)
+            replay.lasts = not balancer.context.ends_with_block
             weighings = weighings_of([cast(FoundRouter, router) for router in routers])
             for router, weighing in zip(routers, weighings, strict=True):
                 state: RouterState = getattr(router.module, ROUTER_STATE)
@@ -175,9 +178,15 @@ def _balancers(target: Target, name: str) -> Iterator[list[Balancer]]:
                 balancers.append(one)
                 continue
             found = _attached(one)
+            if not found and any(hasattr(module, ROUTER_STATE) for module in one.modules()):
+                raise RuntimeError(
+                    f"{name}(...) was given a part of a model whose balancer is of the whole; give the balancer, "
+                    "or the model that it is attached to"
+                )
             if not found:
                 reduction = GradReduction(num_ranks=1)
                 found = [attach(one, [], accumulation=_ANY_NUMBER, reduction=reduction, measure_every=0)]
+                found[0].context.ends_with_block = True
                 own += found
             balancers += found
         yield balancers
