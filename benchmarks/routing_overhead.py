@@ -305,7 +305,7 @@ def _compile(net: torch.nn.Module, compiler: str) -> Any:
 
 def cases(quick: bool) -> list[tuple[Case, str | None]]:
     """Every size, and how it is compiled."""
-    sizes = {"tokens": 4096, "sequences": 4, "top_k": 8, "layers": 4}
+    sizes = {"tokens": 8192, "sequences": 4, "top_k": 8, "layers": 4}
     experts, gated, gate_dim, compiler = (64, 128, 256, 512), (64, 256), 512, "inductor"
     if quick:
         sizes, experts, gated, gate_dim = sizes | {"tokens": 64, "top_k": 2, "layers": 2}, (16,), (16,), 8
