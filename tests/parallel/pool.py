@@ -211,6 +211,12 @@ class _Pool:
                     failures[rank] = value
                     end = min(end, time.monotonic() + GRACE)
         if failures:
+            # A rank that was killed closes its connections first and is gone only when its memory is given back.
+            for rank in waiting:
+                self.processes[rank].join(GRACE)
+                if self.processes[rank].exitcode is not None:
+                    failures[rank] = f"died with exit code {self.processes[rank].exitcode}"
+                    dead.append(rank)
             # The first to fail is the cause, unless one died: its peers may notice before we do.
             order = dead + [rank for rank in failures if rank not in dead]
             texts = [f"rank {rank} of {len(self.processes)} {failures[rank]}" for rank in order]
