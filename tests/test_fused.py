@@ -296,11 +296,12 @@ def test_padding_that_is_not_finite_leaves_counts_and_gradients_alone() -> None:
     assert torch.equal(have_TE[case.valid_T], want_TE[case.valid_T])
 
 
-def test_ties_are_those_of_topk() -> None:
+def test_ties_go_to_the_lowest_ids() -> None:
     logits_TE = torch.randint(0, 3, (64, 12)).float()
-    routed = route(logits_TE, routing(top_k=4))
-    assert torch.equal(routed.ids_TK, logits_TE.topk(4).indices)
-    assert torch.equal(routed.ids_TK, route(logits_TE.clone(), routing(top_k=4)).ids_TK)
+    want_TK = logits_TE.sort(dim=1, descending=True, stable=True).indices[:, :4]
+    assert torch.equal(route(logits_TE, routing(top_k=4)).ids_TK, want_TK)
+    assert torch.equal(route(logits_TE.double(), routing(top_k=4)).ids_TK, want_TK)
+    assert torch.equal(route(logits_TE[3:4], routing(top_k=4)).ids_TK, want_TK[3:4])
 
 
 @pytest.mark.parametrize("top_k", [1, 6])

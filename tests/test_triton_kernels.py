@@ -42,6 +42,14 @@ def routing(**options: Any) -> Routing:
     return Routing(**({"top_k": 2, "score": "softmax", "normalize_top_k": True} | options))
 
 
+OPTIONS_OF_TIES: list[dict[str, Any]] = [
+    {},
+    {"score": "softmax", "score_after_top_k": True},
+    {"num_expert_groups": 4, "top_k_groups": 2},
+    {"num_expert_groups": 4, "top_k_groups": 2, "group_score": "top2_sum"},
+]
+
+
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
 def test_in_the_interpreter() -> None:
@@ -216,6 +224,20 @@ def test_ties_go_to_the_lowest_id_and_rows_of_nan_are_in_range() -> None:
     ties = [one for row in range(4) for one in (5 * row + 1, 5 * row + 2, 5 * row + 3)]
     assert ids_TK.tolist()[0] == [*ties, 0, 4, 5, 9, 10]
     assert ids_TK.tolist()[1:] == [list(range(17))] * 2
+
+
+@needs_kernels
+@pytest.mark.parametrize("options", OPTIONS_OF_TIES, ids=str)
+def test_ties_are_decided_as_on_a_cpu(options: dict[str, Any]) -> None:
+    from trimtab import triton_kernels
+
+    logits_TE = torch.randint(0, 3, (64, 16), generator=torch.Generator().manual_seed(0)).float()
+    bias_E = torch.randint(0, 2, (16,), generator=torch.Generator().manual_seed(1)).float()
+    settings = routing(**{"top_k": 4, "score": "sigmoid", **options})
+    given = (logits_TE, bias_E, None, None, None, 1, False)
+    want_TK = route_ops.plain_forward(*given, settings)[1]
+    moved = [value.to(DEVICE) if isinstance(value, Tensor) else value for value in given]
+    assert triton_kernels.forward(*moved, settings)[1].tolist() == want_TK.tolist()
 
 
 @needs_kernels

@@ -17,6 +17,13 @@ BLOCK_ELEMENTS = 2**19  # 2 MB of float32
 _ROWS = 64
 
 
+def is_readable(tensor: Tensor) -> bool:
+    """Whether Python may branch on values: they lie in the host's memory, and no transformation is looking."""
+    if type(tensor) is not Tensor or tensor.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
 def tokens_per_block(logits_TE: Tensor, num_temporaries: int = 1) -> int:
     """b, at least 1: T or more where one block serves.
 

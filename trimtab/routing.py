@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trimtab.blocks import token_blocks, tokens_per_block
 from trimtab.scores import ScoreName, check_score, compute_dtype, log_scores, scores, shift_of_sigmoid
-from trimtab.top_k import by_keys, keys_of
+from trimtab.top_k import largest_ids, largest_ids_of_blocks
 
 GroupScore = Literal["max", "top2_sum"]
 
@@ -112,28 +112,21 @@ def choose(logits_TE: Tensor, routing: Routing, expert_bias_E: Tensor | None) ->
         expert_bias_E: (E,) added to the scores (to the logits under ``score_after_top_k``), or None.
 
     Returns:
-        (T, K) int64, distinct within a row and always in [0, E): NaN ranks first and -inf last. Which of
-        several equal experts are taken is left to `torch.topk`, which gives equal rows equal ids.
+        (T, K) int64, distinct within a row and always in [0, E), in descending order: NaN ranks first and -inf
+        last, and of equal experts the lowest ids are taken.
     """
     logits_TE = logits_TE.detach().to(compute_dtype(logits_TE.dtype))
-    rows = tokens_per_block(logits_TE)
-    reads_logits = routing.sorts_logits(expert_bias_E, None) and not by_keys(logits_TE, routing.top_k)
-    if reads_logits or rows >= len(logits_TE):
-        return _best(_ranks(logits_TE, routing, expert_bias_E), logits_TE, routing.top_k)
+    compiles = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    if compiles and logits_TE.device.type == "cpu" and logits_TE.dtype == torch.float32:
+        # What forms the ranks is fused with what stands before; the choice is faster than a compiler's.
+        return largest_ids_of_blocks(_ranks(logits_TE, routing, expert_bias_E).contiguous(), routing.top_k)
+    rows = tokens_per_block(logits_TE, 2)
+    if rows >= len(logits_TE):
+        return largest_ids(_ranks(logits_TE, routing, expert_bias_E), routing.top_k)
     ids_TK = logits_TE.new_empty(len(logits_TE), routing.top_k, dtype=torch.int64)
     for logits_bE, ids_bK in token_blocks(rows, logits_TE, ids_TK):
-        _best(_ranks(logits_bE, routing, expert_bias_E), logits_bE, routing.top_k, out_TK=ids_bK)
+        largest_ids(_ranks(logits_bE, routing, expert_bias_E), routing.top_k, ids_bK)
     return ids_TK
-
-
-def _best(ranks_TE: Tensor, logits_TE: Tensor, top_k: int, out_TK: Tensor | None = None) -> Tensor:
-    """(T, K) ids of the largest ranks; ranks that are not the logits themselves are lost."""
-    if by_keys(ranks_TE, top_k):
-        ranks_TE = keys_of(ranks_TE, None if ranks_TE is logits_TE else ranks_TE)
-    if out_TK is None:
-        return ranks_TE.topk(top_k, dim=-1).indices
-    torch.topk(ranks_TE, top_k, dim=-1, out=(ranks_TE.new_empty(out_TK.shape), out_TK))
-    return out_TK
 
 
 def _ranks(logits_TE: Tensor, routing: Routing, expert_bias_E: Tensor | None) -> Tensor:
@@ -149,9 +142,11 @@ def _ranks(logits_TE: Tensor, routing: Routing, expert_bias_E: Tensor | None) ->
 
 def _mask_groups(ranks_TE: Tensor, routing: Routing) -> Tensor:
     ranks_THN = ranks_TE.unflatten(-1, (routing.num_expert_groups, -1))
-    best_per_group = 2 if routing.group_score == "top2_sum" else 1
-    ranks_TH = ranks_THN.topk(best_per_group, dim=-1).values.sum(dim=-1)
-    kept_ids = ranks_TH.topk(routing.top_k_groups, dim=-1).indices
+    if routing.group_score == "top2_sum":
+        ranks_TH = ranks_THN.gather(-1, largest_ids(ranks_THN, 2)).sum(dim=-1)
+    else:
+        ranks_TH = ranks_THN.amax(dim=-1)
+    kept_ids = largest_ids(ranks_TH, routing.top_k_groups)
     dropped_TH = torch.ones_like(ranks_TH, dtype=torch.bool).scatter(-1, kept_ids, False)
     return ranks_THN.masked_fill(dropped_TH.unsqueeze(-1), -torch.inf).flatten(-2)
 
