@@ -131,7 +131,32 @@ def test_largest_logits_need_not_be_looked_for(score: str) -> None:
     given = everything(20, 9)
     largest_T1 = logits_TE.argmax(dim=1, keepdim=True)
     want_TE = logit_gradient(logits_TE, score, **given)
-    assert torch.equal(logit_gradient(logits_TE, score, **given, largest_ids_T1=largest_T1), want_TE)
+    assert torch.equal(logit_gradient(logits_TE, score, **given, likely_ids_T1=largest_T1), want_TE)
+
+
+@pytest.mark.parametrize("score", SCORE_NAMES)
+def test_any_expert_tells_the_log_sum_exp_but_one_that_has_vanished(score: str) -> None:
+    logits_TE = 5 * randn(20, 9)
+    logits_TE[3, 2], logits_TE[4, 2], logits_TE[5, 2] = -900.0, -torch.inf, torch.nan
+    given = everything(20, 9)
+    likely_T1 = torch.full((20, 1), 2)
+    want_TE = logit_gradient(logits_TE, score, **given)
+    have_TE = logit_gradient(logits_TE, score, **given, likely_ids_T1=likely_T1)
+    assert want_TE[[3, 4]].isfinite().all()
+    torch.testing.assert_close(have_TE, want_TE, rtol=1e-12, atol=1e-14, equal_nan=True)
+
+
+def test_rows_of_vanishing_sigmoids_change_no_other_row() -> None:
+    logits_TE = randn(8, 9).float()
+    given = dict(target_GE=randn(1, 9, seed=1).float(), z_weight=None, group_ids_T=None, valid_mask_T=None)
+    want_TE = logit_gradient(logits_TE, "sigmoid", **given)
+    logits_TE[2] -= 300.0
+    logits_TE[3, 1] = torch.nan
+    have_TE = logit_gradient(logits_TE, "sigmoid", **given)
+    others = [0, 1, 4, 5, 6, 7]
+    assert torch.equal(have_TE[others], want_TE[others])
+    assert have_TE[2].abs().max() > 1e-3
+    assert have_TE[3].isnan().all()
 
 
 @pytest.mark.parametrize("offset", [-1e4, -200.0, -37.0, 0.0, 12.0, 40.0, 1e4])

@@ -8,13 +8,11 @@ from torch import Tensor, nn
 
 from trimtab import ops, route_ops
 from trimtab.fused import Gate, Observed, with_gradient
-from trimtab.hooks import RouterState, current_microbatch, expert_bias, host_place, kept_gate
+from trimtab.gate import KeptGate, kept_gate
+from trimtab.hooks import RouterState, current_microbatch, expert_bias, host_place
 from trimtab.microbatch import Microbatch
 from trimtab.routing import Routing, weigh
 from trimtab.taps import record, replayed_ids
-
-# Input, weight and bias of the gate, as `trimtab.hooks.kept_gate` returns them.
-_Gate = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def route_balanced(
@@ -43,7 +41,7 @@ def route_balanced(
     microbatch = current_microbatch(state, module, gate_input, logits_TE)
     if microbatch is None:
         return None
-    gate: _Gate = (None, None, None)
+    gate: KeptGate = (None, None, None)
     if state.injects and logits_TE.requires_grad:
         gate = kept_gate(state, module, gate_input, logits_TE)
     parts = microbatch.parts
@@ -70,7 +68,7 @@ def _route_part(
     routing: Routing,
     expert_bias_E: Tensor | None,
     replay_ids_TK: Tensor | None,
-    gate: _Gate,
+    gate: KeptGate,
 ) -> tuple[Tensor, Tensor]:
     """(T, K) weights and ids of one microbatch; for the arguments see `route_balanced`.
 
@@ -81,7 +79,7 @@ def _route_part(
         routing: settings.
         expert_bias_E: same.
         replay_ids_TK: same, of its tokens.
-        gate: as `trimtab.hooks.kept_gate` returns it, with the input of its tokens.
+        gate: as `trimtab.gate.kept_gate` returns it, with the input of its tokens.
     """
     detached_TE = logits_TE.detach()
     if part.tap is not None:

@@ -13,11 +13,11 @@ objectives and of the z-loss.
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trimtab import host_logits, ops, route_ops
+from trimtab.gate import logits_again
 from trimtab.gradient import sum_probs
 from trimtab.routing import Routing
 
@@ -293,10 +293,8 @@ class FusedRouting(torch.autograd.Function):
         dtype, routing = ctx.logits_dtype, ctx.routing
         if gate_weight_ED is None:
             num_experts = 0 if counts_AGE is None else counts_AGE.shape[2]
-            logits_TE = host_logits.take(grad_weights_TK, held, rows_T0, num_experts, dtype)
-        else:
-            bias_E = None if gate_bias_E is None else gate_bias_E.to(dtype)
-            logits_TE = F.linear(held.to(dtype), gate_weight_ED.to(dtype), bias_E)
+            held = host_logits.take(grad_weights_TK, held, rows_T0, num_experts, dtype)
+        logits_TE = logits_again(held, gate_weight_ED, gate_bias_E, dtype)
         target_GE, z_weight = ctx.targets
         if handle is not None:
             num_sequences, has_z, needs_prob_sums = ctx.settings

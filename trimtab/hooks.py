@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab import ops
+from trimtab.gate import KeptGate, kept_gate
 from trimtab.host_logits import HostLogits
 from trimtab.injection import Injection
 from trimtab.ledger import Ledger
@@ -148,7 +149,8 @@ def after_router(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     expert_bias_E = expert_bias(state)
     injects = state.injects and logits_TE.requires_grad
     parts = microbatch.parts
-    if injects and _adds_at_scores(state, parts, weights, logits, logits_TE, ids_TK, expert_bias_E):
+    at_scores = (weights, logits, logits_TE, ids_TK, expert_bias_E)
+    if injects and _adds_at_scores(state, module, gate_input, parts, *at_scores):
         return output if tapped else None
     gate_input_TD, gate_weight, gate_bias = (
         kept_gate(state, module, gate_input, logits_TE) if injects else (None, None, None)
@@ -242,29 +244,6 @@ def expert_bias(state: RouterState) -> Tensor | None:
     return bias_E
 
 
-def kept_gate(
-    state: RouterState, module: nn.Module, gate_input: Tensor, logits_TE: Tensor
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(T, D) input, weight and bias of the gate, to compute logits again from; three times None to keep logits.
-
-    Args:
-        state: of the router.
-        module: the router.
-        gate_input: what it was called with.
-        logits_TE: (T, E) that the gate made of it.
-    """
-    # Holding an input that nobody else holds would cost more than the logits. A frozen gate does not hold its
-    # input, and under autocast gates hold a cast copy.
-    if state.gate_weight is None or torch.is_autocast_enabled(gate_input.device.type):
-        return None, None, None
-    weight = getattr(module, state.gate_weight)
-    held_by_gate = weight.requires_grad and gate_input.dtype == logits_TE.dtype
-    if not (state.keeps_input or held_by_gate):
-        return None, None, None
-    bias = None if state.gate_bias is None else getattr(module, state.gate_bias).detach()
-    return gate_input.detach().reshape(-1, gate_input.shape[-1]), weight.detach(), bias
-
-
 def host_place(state: RouterState, logits_TE: Tensor) -> Tensor | None:
     """Handle of where a router's logits wait on the host; None to keep them on the device."""
     return state.place if logits_TE.device.type == state.host_device else None
@@ -272,6 +251,8 @@ def host_place(state: RouterState, logits_TE: Tensor) -> Tensor | None:
 
 def _adds_at_scores(
     state: RouterState,
+    module: nn.Module,
+    gate_input: Tensor,
     parts: Sequence[Microbatch],
     weights: Tensor,
     logits: Tensor,
@@ -283,6 +264,8 @@ def _adds_at_scores(
 
     Args:
         state: of the router.
+        module: the router.
+        gate_input: what it was called with.
         parts: of the forward; several are kept apart by several nodes.
         weights: that the router returned.
         logits: that it returned, as they are.
@@ -290,34 +273,38 @@ def _adds_at_scores(
         ids_TK: (T, K).
         expert_bias_E: (E,) selection bias if the bias rule reads it.
     """
-    if not state.at_scores or state.score != "softmax" or len(parts) > 1 or torch.compiler.is_compiling():
-        return False
-    if state.ledger.returns:
+    if not state.at_scores or len(parts) > 1 or torch.compiler.is_compiling() or state.ledger.returns:
         return False
     # Under checkpointing what a node has saved can be read once, and the node reads it itself.
-    if (state.has_z or state.needs_prob_sums) and saved_tensors_are_packed():
+    reads_saved = state.score != "softmax" or state.has_z or state.needs_prob_sums
+    if reads_saved and saved_tensors_are_packed():
         return False
-    found = find_score_node(weights, logits)
+    found = find_score_node(weights, logits, state.score)
     if found is None:
         return False
     node, in_place = found
     (part,) = parts
     num_sequences = 0 if part.sequence_of_group_G is None else part.num_sequences
     counts_AGE, _ = _observe(state, part, logits_TE, ids_TK, expert_bias_E, num_sequences, True)
-    ScoreGradient(
+    gradient = ScoreGradient(
+        state.ledger.rows[state.row].name,
         state.handle,
-        part.ticket,
-        logits_TE,
-        counts_AGE,
-        part.num_tokens_G,
-        part.sequence_of_group_G,
+        state.score,
+        part,
         num_sequences,
-        part.group_ids_T,
-        part.valid_mask_T,
-        has_z=state.has_z,
+        counts_AGE,
         needs_prob_sums=state.needs_prob_sums,
         in_place=in_place,
-    ).attach(node)
+        logits_dtype=logits_TE.dtype,
+    )
+    if state.has_z:
+        gate = (
+            kept_gate(state, module, gate_input, logits_TE)
+            if state.score == "sigmoid"
+            else (None, None, None)
+        )
+        gradient.keep_for_z(node, logits_TE, ids_TK, gate)
+    gradient.attach(node)
     return True
 
 
@@ -353,7 +340,7 @@ def _balance(
     logits_TE: Tensor,
     ids_TK: Tensor,
     expert_bias_E: Tensor | None,
-    gate: tuple[Tensor | None, Tensor | None, Tensor | None] | None,
+    gate: KeptGate | None,
 ) -> Tensor:
     """Count one microbatch, and hang its gradient on the routing weights of the whole forward.
 

@@ -6,11 +6,11 @@ Shapes: T tokens, K top-k, E experts, D model width, G finest groups, A count ma
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trimtab import host_logits, ops
+from trimtab.gate import logits_again
 from trimtab.gradient import logit_gradient, sum_probs
 from trimtab.scores import ScoreName, compute_dtype
 
@@ -107,11 +107,8 @@ class Injection(torch.autograd.Function):
         ) = ctx.saved_tensors
         dtype = ctx.logits_dtype
         if gate_weight is None:
-            logits_TE = host_logits.take(grad_weights, held, rows_T0, counts_AGE.shape[2], dtype)
-        else:
-            bias = None if gate_bias is None else gate_bias.to(dtype)
-            logits_TE = F.linear(held.to(dtype), gate_weight.to(dtype), bias)
-        logits_TE = logits_TE.to(compute_dtype(dtype))
+            held = host_logits.take(grad_weights, held, rows_T0, counts_AGE.shape[2], dtype)
+        logits_TE = logits_again(held, gate_weight, gate_bias, dtype).to(compute_dtype(dtype))
         prob_sums_GE = None
         if ctx.needs_prob_sums:
             num_groups = num_tokens_G.shape[0]

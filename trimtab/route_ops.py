@@ -208,17 +208,17 @@ def plain_backward(
     target_GE = None if target_GE is None else target_GE.to(logits_TE.dtype)
     z_weight = None if z_weight is None else z_weight.to(logits_TE.dtype)
     ids_TK = ids_TK.to(torch.int64)
-    largest_T1 = ids_TK[:, :1] if sorted_logits else None
-    objectives = (logits_TE, routing.score, target_GE, z_weight, group_ids_T, valid_mask_T, largest_T1)
+    likely_T1 = ids_TK[:, :1]
+    objectives = (logits_TE, routing.score, target_GE, z_weight, group_ids_T, valid_mask_T, likely_T1)
     if not routing.weights_are_local:
         # The weights are p themselves: they and the objectives pass the same softmax, together.
         scale = routing.scale
         grad_TK = grad_weights_TK if scale == 1.0 else grad_weights_TK * scale
-        return logit_gradient(*objectives, (ids_TK, grad_TK)).to(dtype)
+        return logit_gradient(*objectives, (ids_TK, grad_TK), likely_is_largest=sorted_logits).to(dtype)
     if target_GE is None and z_weight is None:
         grad_TE = torch.zeros_like(logits_TE)
     else:
-        grad_TE = logit_gradient(*objectives)
+        grad_TE = logit_gradient(*objectives, likely_is_largest=sorted_logits)
     logits_TK = logits_TE.gather(1, ids_TK)
     derivative_TK = log_score_derivative(logits_TK, routing.score)
     grad_TK = weigh_backward(grad_weights_TK, logits_TK, routing, derivative_TK, sorted_logits)
