@@ -11,8 +11,8 @@ from torch import Tensor
 import trimtab
 from tests.toy import ToyModel, batch, grads, toy_model
 from trimtab import CommunicationLevel, GlobalBatch, SequenceWise, ZLoss
+from trimtab.counts import batch_sizes
 from trimtab.microbatch import Microbatch, describe
-from trimtab.row import batch_sizes
 
 DOCUMENTS = [
     SequenceWise.Config(coef=0.5, unit="document"),

@@ -11,6 +11,7 @@ from trimtab.counts import (
     DeviceCounts,
     ExecutedCounts,
     Reading,
+    StepCounts,
     StepTotals,
     UnbiasedCounts,
     count_ids,
@@ -39,10 +40,14 @@ def reading(counts_GE: list[list[int]], tokens_G: list[int], top_k: int = 1, **f
         num_sequences=len(tokens_G),
         top_k=top_k,
         totals=StepTotals(tokens.sum(), groups, groups, 1),
-        step_counts=lambda mode: (counts.sum(0, keepdim=True), tokens.sum()),
+        step_counts=lambda mode: step_counts(counts.sum(0, keepdim=True), tokens.sum(), top_k),
     )
     settings.update(fields)
     return Reading(**settings)
+
+
+def step_counts(counts_AE: torch.Tensor, num_tokens: torch.Tensor, top_k: int) -> StepCounts:
+    return StepCounts(counts_AE, num_tokens, load_fraction(counts_AE, num_tokens, top_k))
 
 
 def test_load_balance_loss_by_hand() -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from trimtab.counts import CountMap, DeviceCounts, Reading, load_fraction
+from trimtab.counts import CountMap, DeviceCounts, Reading
 from trimtab.losses import SequenceWise
 from trimtab.scale import Accumulation
 
@@ -60,8 +60,9 @@ class DeviceLevel(SequenceWise):
     def load(self, reading: Reading) -> Tensor:
         """(..., H, E) mean load fraction of each expert's device."""
         load_HE = SequenceWise.load(self, reading)
-        load_HDe = load_HE.unflatten(-1, (self.config.num_devices, -1))
-        return load_HDe.mean(dim=-1, keepdim=True).expand_as(load_HDe).flatten(-2)
+        num_devices, num_experts = self.config.num_devices, load_HE.shape[-1]
+        load_HDe = load_HE.reshape(*load_HE.shape[:-1], num_devices, num_experts // num_devices)
+        return load_HDe.mean(dim=-1).repeat_interleave(num_experts // num_devices, dim=-1)
 
 
 class CommunicationLevel(DeviceLevel):
@@ -116,7 +117,6 @@ class CommunicationLevel(DeviceLevel):
 
     def load(self, reading: Reading) -> Tensor:
         """(..., H, E) f'' of each expert's device."""
-        counts_HE, num_tokens_H = reading.grouped(self.maps[0], self.config.unit)
         # A device's count stands at each of its experts, so slots are counted per expert too.
         slots = self.config.max_devices_per_token * reading.num_experts / self.config.num_devices
-        return load_fraction(counts_HE, num_tokens_H, slots)
+        return reading.load(self.maps[0], self.config.unit, slots)

@@ -17,7 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.counts import CountMap, ExecutedCounts, Reading, StepTotals, load_fraction
+from trimtab.counts import (
+    CountMap,
+    Reading,
+    StepCounts,
+    StepTotals,
+    TokenGroups,
+    load_fraction,
+)
 from trimtab.measure import (
     MeasuredForward,
     StepNumbers,
@@ -26,11 +33,11 @@ from trimtab.measure import (
     lay_down,
     measure_forward,
 )
-from trimtab.objective import Objective
+from trimtab.objective import EXECUTED, Objective
 from trimtab.ranks import TokenRanks
-from trimtab.reading import Groups, layer_targets, prob_targets, read_layers
+from trimtab.reading import TotalsMemo, layer_targets, prob_targets, read_layers
 from trimtab.reduction import CountReduction
-from trimtab.row import ForwardsUnderWay, Row, add_counts, alike, batch_sizes
+from trimtab.row import ForwardsUnderWay, Row, add_counts, alike
 from trimtab.scale import Accumulation, GradReduction
 from trimtab.scores import ScoreName
 
@@ -95,6 +102,7 @@ class Ledger:
         self.logging = False  # and its largest logit, for the log
         self.numbers: list[StepNumbers] | None = None  # of this step, once its sums over ranks are complete
         self.under_way: ForwardsUnderWay | None = None  # while several forwards run by turns
+        self.totals = TotalsMemo()
         self._register()
 
     @property
@@ -121,18 +129,21 @@ class Ledger:
             raise RuntimeError(
                 "a model with losses='returned' was copied within a step; copy it after balancer.step()"
             )
-        return {key: value for key, value in self.__dict__.items() if key != "id"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("id", "totals")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore under a new identity."""
         self.__dict__.update(state)
+        self.totals = TotalsMemo()
         self._register()
 
     def new_row(self, name: str, num_experts: int, top_k: int, score: ScoreName) -> int:
         """Open a row for one layer and return its index."""
-        maps: list[CountMap] = [ExecutedCounts()]
+        maps: list[CountMap] = [EXECUTED]
         maps += [m for o in self.objectives for m in o.maps]
         unique = tuple(dict.fromkeys(maps))
+        # One object for all rows that have the same: see `alike`.
+        unique = next((row.maps for row in self.rows if row.maps == unique), unique)
         self.rows.append(Row(name, num_experts, top_k, score, unique))
         return len(self.rows) - 1
 
@@ -156,11 +167,13 @@ class Ledger:
         num_sequences: int,
         executed_GE: Tensor | None = None,
         reads: bool = True,
+        keeps: bool = False,
     ) -> Tensor:
         """Counts of one microbatch, (A, G, E) int64, added to the row unless this is a recomputation.
 
         ``executed_GE`` are counts of the executed assignments that the router has made already; ``reads`` is
-        whether a backward is expected to read what is counted.
+        whether a backward is expected to read what is counted; ``keeps`` is whether what describes the tokens may
+        be kept, so that nobody writes over it.
 
         Raises:
             RuntimeError: the step has had all its microbatches, or forwards run by turns and this is none of
@@ -186,14 +199,14 @@ class Ledger:
             into.num_forwards += 1
         counted_ahead = self.plan.order == "counting_pass" and not self.counting
         if ticket not in self.sums.forwards:
-            sizes = batch_sizes(num_tokens_G, sequence_of_group_G, num_sequences)
             self.sums.begin(
                 ticket,
-                sizes,
+                TokenGroups(num_tokens_G, sequence_of_group_G, num_sequences),
                 self.rows,
                 adds=not counted_ahead,
                 under_way=into is not row,
                 counting=self.counting,
+                keeps=keeps,
             )
         self.sums.observe(ticket, row_index, counts_AGE, reads=reads)
         if into.statistic is not None and not counted_ahead:
@@ -295,7 +308,7 @@ class Ledger:
                 f"{row.name}: the logits are float16, in which gradients of balance losses vanish unless they "
                 "follow a loss scale; use balancer.follow(loss) with a gradient scaler, or bfloat16"
             )
-        groups = Groups(num_tokens_G, sequence_of_group_G, num_sequences)
+        groups = TokenGroups(num_tokens_G, sequence_of_group_G, num_sequences)
         target_GE, z_weight = self._bound(row_index, ticket, counts_AGE, groups, dtype)
         if prob_sums_GE is not None:
             own_GE = prob_targets(self, row_index, ticket, counts_AGE, groups, prob_sums_GE)
@@ -303,7 +316,7 @@ class Ledger:
         return target_GE, z_weight
 
     def _bound(
-        self, row_index: int, ticket: int, counts_AGE: Tensor, groups: Groups, dtype: torch.dtype
+        self, row_index: int, ticket: int, counts_AGE: Tensor, groups: TokenGroups, dtype: torch.dtype
     ) -> tuple[Tensor | None, Tensor | None]:
         forward = self.sums.forwards.get(ticket)
         found = None if forward is None else forward.targets.pop(row_index, None)
@@ -321,6 +334,9 @@ class Ledger:
         if not self.sums.sums_groups:
             for place in places:
                 del forward.counts[place]
+        if self.sums.sums_groups or not forward.counts:
+            # Nobody is left to read them but a backward that runs twice, which has its own.
+            forward.groups = None
         return forward.targets.pop(row_index)
 
     def settle(self) -> list[Row]:
@@ -363,7 +379,7 @@ class Ledger:
             for row in self.rows:
                 if row.counts_AE is None:
                     nothing_AE = some.counts_AE.new_zeros(len(row.maps), row.num_experts)
-                    add_counts([row], nothing_AE[None], torch.zeros_like(some.sizes)[None])
+                    add_counts([row], nothing_AE[None], [torch.zeros_like(some.sizes)])
             counted = self.rows
         statistics = [row.statistic for row in counted if row.statistic is not None]
         tensors: list[Tensor] = []
@@ -409,7 +425,7 @@ class Ledger:
         row = self.rows[place]
 
         def read(one: MeasuredForward) -> Reading:
-            groups = Groups(one.num_tokens_G, one.sequence_of_group_G, one.num_sequences)
+            groups = TokenGroups(one.num_tokens_G, one.sequence_of_group_G, one.num_sequences)
             return read_layers(self, [place], one.ticket, [one.counts_AGE], groups, one.prob_sums_GE.dtype)
 
         sums = lay_down(self.objectives, row.measured, read, row.num_experts, self.ranks)
@@ -422,6 +438,7 @@ class Ledger:
         assert row.counts_AE is not None
         assert row.num_tokens is not None
         counts_AE, num_tokens = row.counts_AE.double(), row.num_tokens.double()
+        known = StepCounts(counts_AE, num_tokens, load_fraction(counts_AE, num_tokens, row.top_k))
         return Reading(
             maps=row.maps,
             counts_AGE=counts_AE[:, None],
@@ -430,7 +447,7 @@ class Ledger:
             num_sequences=1,
             top_k=row.top_k,
             totals=StepTotals(num_tokens, num_tokens, num_tokens, 1),
-            step_counts=lambda mode: (counts_AE, num_tokens),
+            step_counts=lambda mode: known,
         )
 
     def count_error(self, row: Row) -> Tensor | None:
@@ -468,6 +485,7 @@ class Ledger:
         if self.under_way is not None:
             self.under_way.clear()
         self.sums.clear()
+        self.totals.forget_but(self.sums.last_sizes)
         self.numbers = None
         self.declare(DeclaredTotals())
         self.plan = self.accumulation

@@ -91,18 +91,17 @@ class SequenceWise(Objective):
 
     def load(self, reading: Reading) -> Tensor:
         """(H, E) load fraction that multiplies P."""
-        counts_HE, num_tokens_H = reading.grouped(self.maps[0], self.config.unit)
-        return load_fraction(counts_HE, num_tokens_H, reading.top_k)
+        return reading.load(self.maps[0], self.config.unit)
 
     def targets(self, reading: Reading) -> Tensor:
         """(..., G, E): coef * f_g / (B n_g), or coef * f_g / N."""
-        num_tokens_H = reading.tokens(self.config.unit)
-        total = getattr(reading.totals, self.totals[0]).clamp(min=1)[..., None]
+        unit, (total,) = self.unit, self.totals
         if self.config.weighting == "token":
-            weight_H = (num_tokens_H > 0) / total
+            weight_H1 = reading.totals.weight(total, self.coef)
         else:
-            weight_H = (num_tokens_H > 0) / (total * num_tokens_H.clamp(min=1))
-        return reading.spread(self.coef * weight_H[..., None] * self.load(reading), self.config.unit)
+            weight_H1 = reading.mean_weight(unit, total, self.coef)
+        # A group without tokens has no load.
+        return reading.spread(weight_H1 * self.load(reading), unit)
 
     def measure(
         self, reading: Reading, prob_sums_GE: Tensor, squared_lse_sum: Tensor
@@ -181,11 +180,9 @@ class BatchWise(Objective):
 
     def targets(self, reading: Reading) -> Tensor:
         """(..., 1, E): coef * f / (M n), with ``local`` over data ranks."""
-        counts_E, num_tokens = reading.microbatch(self.maps[0], local=self.local)
-        load_E = load_fraction(counts_E, num_tokens, reading.top_k)
         num_batches = reading.totals.num_microbatches * (reading.totals.num_data_ranks if self.local else 1)
-        weight = self.coef / (num_batches * num_tokens.clamp(min=1))
-        return (weight[..., None] * load_E)[..., None, :]
+        load_1E, weight = reading.microbatch_load(self.maps[0], self.coef / num_batches, local=self.local)
+        return weight * load_1E
 
     def measure(
         self, reading: Reading, prob_sums_GE: Tensor, squared_lse_sum: Tensor
@@ -263,10 +260,8 @@ class GlobalBatch(Objective):
 
     def targets(self, reading: Reading) -> Tensor:
         """(..., 1, E): coef * f / N."""
-        counts_E, num_tokens = reading.step(self.maps[0], self.config.counts)
-        load_E = load_fraction(counts_E, num_tokens, reading.top_k)
-        weight = self.coef / reading.totals.num_tokens.clamp(min=1)
-        return (weight[..., None] * load_E)[..., None, :]
+        load_1E = reading.step_load(self.maps[0], self.config.counts)
+        return reading.totals.weight("num_tokens", self.coef) * load_1E
 
     def measure(
         self, reading: Reading, prob_sums_GE: Tensor, squared_lse_sum: Tensor
@@ -364,7 +359,7 @@ class ZLoss(Objective):
 
     def z_weight(self, reading: Reading) -> Tensor:
         """(...): coef / N."""
-        return self.coef / reading.totals.num_tokens.clamp(min=1)
+        return reading.totals.inverse("num_tokens", self.coef)
 
     def measure(
         self, reading: Reading, prob_sums_GE: Tensor, squared_lse_sum: Tensor

@@ -4,13 +4,13 @@ Shapes: B sequences, S length, T = B S tokens, G groups (the finest any objectiv
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trimtab.counts import Unit
+from trimtab.counts import Unit, place_of
 
 _NO_TICKET = torch.zeros((), dtype=torch.int64, device="cpu")
 
@@ -170,6 +170,7 @@ class Context:
         self.taps: Any = None  # `trimtab.taps.Taps`: what is recorded or replayed; None while nobody asks
         self.ends_with_block = False  # hooks are taken off with a block, and backward may come after it
         self._clock = torch.zeros((), dtype=torch.int64, device="cpu")
+        self._even: tuple[Any, Tensor] | None = None  # numbers of tokens of the last batch without padding
 
     def number(self, microbatch: Microbatch | Concatenation) -> None:
         """Give each microbatch of a forward its ticket."""
@@ -179,6 +180,28 @@ class Context:
             part.ticket = self._clock
             if self.taps is not None:
                 part.tap = self.taps.tap(part, self.counting)
+
+    def even_groups(self, num_groups: int, num_tokens: int, device: torch.device) -> Tensor:
+        """(G,) numbers of tokens of groups of one size: one tensor for batches of one shape, never written to.
+
+        What follows from it alone then need not be formed for each batch (`trimtab.counts.TokenGroups`).
+        """
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            return _even_groups(num_groups, num_tokens, device)
+        if torch._C._len_torch_dispatch_stack() > 0:
+            # A tensor of that mode, perhaps, and of no use without it.
+            return _even_groups(num_groups, num_tokens, device)
+        place = place_of(device)
+        if place is None:
+            return _even_groups(num_groups, num_tokens, device)
+        key = (num_groups, num_tokens, place)
+        if self._even is None or self._even[0] != key:
+            self._even = key, _even_groups(num_groups, num_tokens, device)
+        return self._even[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but a stream, which is of this process."""
+        return {**self.__dict__, "_even": None}
 
 
 class Description:
@@ -223,6 +246,7 @@ def describe(
     cu_seqlens: Tensor | None = None,
     position_ids: Tensor | None = None,
     num_documents: int | None = None,
+    even_groups: Callable[[int, int, torch.device], Tensor] | None = None,
 ) -> Microbatch:
     """Describe a batch of B rows of S tokens.
 
@@ -240,6 +264,7 @@ def describe(
             ``cu_seqlens``.
         num_documents: how many documents there are at most, counting each part of one that rows divide; more
             than there are cost G groups of counts, which stay empty.
+        even_groups: (groups, tokens of each, device) -> (G,) numbers of tokens; see `Context.even_groups`.
 
     Returns:
         The microbatch. Of documents from ``position_ids``, without ``num_documents``, the number is read from the
@@ -274,10 +299,14 @@ def describe(
         )
     num_groups = 1 if unit is None else num_sequences
     if valid_mask_T is None:
-        num_tokens_G = torch.full((num_groups,), num_rows // max(num_groups, 1), device=device)
+        num_tokens_G = (even_groups or _even_groups)(num_groups, num_rows // max(num_groups, 1), device)
     else:
         num_tokens_G = valid_mask_T.view(num_groups, num_rows // max(num_groups, 1)).sum(dim=1)
     return Microbatch(active, num_tokens_G, num_rows, num_sequences, None, valid_mask_T)
+
+
+def _even_groups(num_groups: int, num_tokens: int, device: torch.device) -> Tensor:
+    return torch.full((num_groups,), num_tokens, device=device)
 
 
 def _most_documents(
@@ -378,6 +407,7 @@ def describe_given(
         cu_seqlens=cu_seqlens,
         position_ids=position_ids,
         num_documents=num_documents,
+        even_groups=context.even_groups,
     )
     return Description(context, described if tokens is None else described.take(tokens.to(device)))
 
@@ -436,6 +466,7 @@ def read_call(context: Context, module: Any, args: tuple[Any, ...], kwargs: dict
         valid_mask=valid_mask,
         cu_seqlens=cu_seqlens if cu_seqlens is not None else given.get("cu_seqlens"),
         position_ids=given.get("position_ids"),
+        even_groups=context.even_groups,
     )
 
 

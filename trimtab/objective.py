@@ -22,6 +22,9 @@ from trimtab.scale import Accumulation
 
 Assignments = Literal["executed", "unbiased"]
 
+# One of each, because maps are looked up in each backward and the same object is found at once.
+EXECUTED, UNBIASED = ExecutedCounts(), UnbiasedCounts()
+
 
 class Objective(ABC):
     """One term of the reference objective, for every MoE layer.
@@ -59,6 +62,23 @@ class Objective(ABC):
         self.coef = config.coef
 
     @property
+    def coef(self) -> float:
+        """Coefficient of the step; assign another number between steps.
+
+        Raises:
+            TypeError: a tensor was assigned, whose value may change unseen.
+        """
+        return self._coef
+
+    @coef.setter
+    def coef(self, coef: float) -> None:
+        if isinstance(coef, Tensor):
+            raise TypeError(
+                f"coef of {type(self).__name__} must be a number, got a tensor; assign a new number for each step"
+            )
+        self._coef = coef
+
+    @property
     def maps(self) -> tuple[CountMap, ...]:
         """The count maps this objective reads."""
         return ()
@@ -92,11 +112,19 @@ class Objective(ABC):
         """Raise a ValueError if this objective cannot be had on such a router and step."""
 
     def targets(self, reading: Reading) -> Tensor | None:
-        """(..., G or 1, E) gradient of ``coef`` times the loss with respect to p; None if there is none."""
+        """(..., G or 1, E) gradient of ``coef`` times the loss with respect to p; None if there is none.
+
+        Args:
+            reading: the microbatch. Later microbatches may share its tensors: never write to them.
+        """
         return None
 
     def z_weight(self, reading: Reading) -> Tensor | None:
-        """(...) gradient of ``coef`` times the loss with respect to sum_t lse_t^2; None if there is none."""
+        """(...) gradient of ``coef`` times the loss with respect to sum_t lse_t^2; None if there is none.
+
+        Args:
+            reading: the microbatch. Later microbatches may share its tensors: never write to them.
+        """
         return None
 
     @abstractmethod
@@ -123,4 +151,4 @@ def assignment_map(assignments: Assignments) -> CountMap:
             f"assignments={assignments!r} must be 'executed' (what the router dispatched) or "
             "'unbiased' (top-k of the raw scores)"
         )
-    return ExecutedCounts() if assignments == "executed" else UnbiasedCounts()
+    return EXECUTED if assignments == "executed" else UNBIASED

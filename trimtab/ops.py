@@ -82,6 +82,7 @@ def observe(
             num_sequences,
             executed_GE,
             reads,
+            keeps=True,
         )
     return counts_AGE, None
 

@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trimtab.counts import CountsMode
+from trimtab.counts import CountsMode, TokenGroups, place_of
 from trimtab.objective import Objective
 from trimtab.ranks import TokenRanks
-from trimtab.row import Row, add_counts, alike
+from trimtab.row import Row, add_counts, alike, stack_layers
 
 
 class PackedSum:
@@ -48,6 +48,7 @@ class Forward:
     Args:
         sizes: (3,) tokens, sequences and documents of this rank's sequences.
         adds: they are added to the step's; not so if a counting pass has counted these tokens already.
+        groups: of its tokens, until all have read them; None where their tensors may be written over before.
         under_way: layers may still follow, so that nobody but its end starts its sums.
         has_backward: some layer's backward may read it.
         unread: rows whose backward does not, because their logits have no gradient.
@@ -55,13 +56,15 @@ class Forward:
             nobody can read them.
         waiting: rows whose counts have not joined the step's.
         totals: (A, E) counts and (3,) sizes over all ranks by row, after reduction.
-        read: what backward has read of the step's counts, for a backward that runs twice.
+        read: what backward has read of the step's counts, for a backward that runs twice: (L, A, E) counts, ()
+            or (L,) tokens, and which of these layers a row is.
         loss_scale: that was known when targets were formed.
         targets: (G or 1, E) targets and z-loss weights () by row, from the first router backward to the row's own.
     """
 
     sizes: Tensor
     adds: bool
+    groups: TokenGroups | None = None
     under_way: bool = False
     has_backward: bool = True
     unread: list[int] = field(default_factory=list)
@@ -72,7 +75,7 @@ class Forward:
     totals_sum: PackedSum | None = None
     started: bool = False
     settled: bool = False
-    read: dict[tuple[int, CountsMode, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    read: dict[tuple[int, CountsMode, torch.dtype], tuple[Tensor, Tensor, int]] = field(default_factory=dict)
     loss_scale: Tensor | None = None
     targets: dict[int, tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)
 
@@ -93,6 +96,7 @@ class CountReduction:
         self.declare(())
         self.forwards: dict[int, Forward] = {}
         self._unsettled: dict[int, Forward] = {}
+        self._last: tuple[TokenGroups, Any] | None = None  # groups of the last forward, and where it ran
 
     def declare(self, totals: Sequence[str]) -> None:
         """Say which totals of the step are known, so that they need no sum; every rank says the same."""
@@ -110,12 +114,47 @@ class CountReduction:
         return self.sums_groups or self.sums_totals
 
     def begin(
-        self, ticket: int, sizes: Tensor, rows: Sequence[Row], *, adds: bool, under_way: bool, counting: bool
+        self,
+        ticket: int,
+        groups: TokenGroups,
+        rows: Sequence[Row],
+        *,
+        adds: bool,
+        under_way: bool,
+        counting: bool,
+        keeps: bool,
     ) -> None:
-        """Begin a forward; what those before it counted joins the step's, if that needs no sum."""
+        """Begin a forward; what those before it counted joins the step's, if that needs no sum.
+
+        Args:
+            ticket: names the forward.
+            groups: of its tokens.
+            rows: of all layers.
+            adds: as of `Forward`.
+            under_way: same.
+            counting: it has no backward.
+            keeps: nobody writes over what the groups are made of.
+        """
         if not self.is_needed:
             self.settle(rows)
-        self.forwards[ticket] = Forward(sizes, adds, under_way, bool(self.objectives) and not counting)
+        has_backward = bool(self.objectives) and not counting
+        groups = self._known(groups) if keeps else groups
+        kept = groups if keeps else None
+        self.forwards[ticket] = Forward(groups.sizes, adds, kept, under_way, has_backward)
+
+    def _known(self, groups: TokenGroups) -> TokenGroups:
+        """The last forward's groups if these are the same and made in the same place, or else these."""
+        place = place_of(groups.num_tokens_G.device)
+        if place is None:
+            return groups
+        if self._last is None or self._last[1] != place or not self._last[0].are(groups):
+            self._last = groups, place
+        return self._last[0]
+
+    @property
+    def last_sizes(self) -> Tensor | None:
+        """(3,) sizes of the last forward, which the next one may share."""
+        return None if self._last is None else self._last[0].sizes
 
     def observe(self, ticket: int, row: int, counts_AGE: Tensor, *, reads: bool) -> None:
         """Lay down the counts of one layer in one forward, which its backward reads or does not."""
@@ -203,9 +242,17 @@ class CountReduction:
                 for place in forward.waiting
             }
 
-    def groups(self, ticket: int, row: int, counts_AGE: Tensor) -> Tensor:
-        """(A, G, E) counts of whole sequences; ``counts_AGE`` is this rank's own."""
-        return self._find(ticket, row).counts[row] if self.sums_groups else counts_AGE
+    def groups(self, ticket: int, places: Sequence[int], counts: Sequence[Tensor]) -> Tensor:
+        """(L, A, G, E) counts of whole sequences.
+
+        Args:
+            ticket: names the forward.
+            places: of the layers' rows.
+            counts: (A, G, E) of this rank's own tokens, of each layer.
+        """
+        if self.sums_groups:
+            counts = [self._find(ticket, place).counts[place] for place in places]
+        return stack_layers(counts)
 
     def totals(self, ticket: int, row: int) -> tuple[Tensor, Tensor] | None:
         """(A, E) counts and (3,) sizes of one forward over all ranks; None where nobody asked for them."""
@@ -250,7 +297,7 @@ class CountReduction:
             raise RuntimeError(
                 "a model with a balancer over several ranks was copied within a step; copy it between"
             )
-        return self.__dict__
+        return {**self.__dict__, "_last": None}
 
     def clear(self) -> None:
         """Forget the step; sums under way are waited for, so that no rank is left alone with one."""
@@ -271,10 +318,10 @@ def _join(forward: Forward, rows: Sequence[Row]) -> None:
     else:
         counts = {place: forward.counts[place] for place in waiting}
     for places in alike(rows, counts):
-        counts_LAE = torch.stack([counts[place] for place in places])
+        stacked = stack_layers([counts[place] for place in places])
+        joining = [rows[place] for place in places]
         if forward.settled:
-            sizes_L3 = torch.stack([forward.totals[place][1] for place in places])
+            add_counts(joining, stacked, [forward.totals[place][1] for place in places])
         else:
-            counts_LAE = counts_LAE.sum(dim=2)
-            sizes_L3 = forward.sizes.to(counts_LAE.device).expand(len(places), -1)
-        add_counts([rows[place] for place in places], counts_LAE, sizes_L3)
+            sizes = forward.sizes.to(stacked.device)
+            add_counts(joining, stacked.sum(dim=2), [sizes] * len(places))

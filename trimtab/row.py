@@ -5,7 +5,7 @@ Rows of equal layers are added to and read together, so that the number of opera
 Shapes: E experts, G finest groups, A count maps, L layers, M microbatches.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,39 +13,44 @@ import torch
 from torch import Tensor
 
 from trimtab.bias import Statistic
-from trimtab.counts import CountMap, CountsMode, load_fraction
+from trimtab.counts import CountMap, CountsMode, StepCounts, StepTotals, inverse
 from trimtab.measure import MeasuredForward
 from trimtab.scores import ScoreName
 
 
-def batch_sizes(num_tokens_G: Tensor, sequence_of_group_G: Tensor | None, num_sequences: int) -> Tensor:
-    """(3,) int64 valid tokens, and sequences and documents that have one."""
-    documents_G = num_tokens_G > 0
-    sequences_B = documents_G
-    if sequence_of_group_G is not None:
-        tokens_B = num_tokens_G.new_zeros(num_sequences)
-        sequences_B = tokens_B.index_add_(0, sequence_of_group_G, num_tokens_G) > 0
-    return torch.stack([num_tokens_G.sum().to(torch.int64), sequences_B.sum(), documents_G.sum()])
-
-
-def add_counts(rows: Sequence["Row"], counts_LAE: Tensor, sizes_L3: Tensor) -> None:
+def add_counts(rows: Sequence["Row"], counts_LAE: Tensor, sizes: Sequence[Tensor]) -> None:
     """Add one microbatch to several layers: counts, and valid tokens, sequences and documents.
 
     Args:
         rows: of layers with counts of one shape, all or none of which have counts already.
         counts_LAE: (L, A, E) int64.
-        sizes_L3: (L, 3) int64.
+        sizes: (3,) int64 of each; layers that ran the same microbatches share one tensor.
     """
-    minima_L3 = maxima_L3 = sizes_L3
+    minima = maxima = sizes
     if rows[0].counts_AE is not None:
         counts_LAE = counts_LAE + _stacked([row.counts_AE for row in rows])
-        minima_L3 = torch.minimum(sizes_L3, _stacked([row.sizes_min for row in rows]))
-        maxima_L3 = torch.maximum(sizes_L3, _stacked([row.sizes_max for row in rows]))
-        sizes_L3 = sizes_L3 + _stacked([row.sizes for row in rows])
-    values = zip(counts_LAE.unbind(), sizes_L3.unbind(), minima_L3.unbind(), maxima_L3.unbind(), strict=True)
-    for row, (counts_AE, sizes, sizes_min, sizes_max) in zip(rows, values, strict=True):
-        row.counts_AE, row.sizes, row.sizes_min, row.sizes_max = counts_AE, sizes, sizes_min, sizes_max
+        minima = _each(torch.minimum, sizes, [row.sizes_min for row in rows])
+        maxima = _each(torch.maximum, sizes, [row.sizes_max for row in rows])
+        sizes = _each(torch.add, sizes, [row.sizes for row in rows])
+    for row, *values in zip(rows, counts_LAE.unbind(), sizes, minima, maxima, strict=True):
+        row.counts_AE, row.sizes, row.sizes_min, row.sizes_max = values
         row.num_counted += 1
+
+
+def _each(
+    combine: Callable[[Tensor, Tensor], Tensor], ones: Sequence[Tensor], others: Sequence[Tensor | None]
+) -> Sequence[Tensor]:
+    """What is made of each pair; once where all pairs are the same."""
+    one, other = shared(ones), shared(others)
+    if one is not None and other is not None:
+        return [combine(one, other)] * len(ones)
+    return combine(_stacked(ones), _stacked(others)).unbind()
+
+
+def shared(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    """The one tensor that all are; None if they are several."""
+    first = tensors[0]
+    return first if all(tensor is first for tensor in tensors) else None
 
 
 def alike(rows: Sequence["Row"], counts: Mapping[int, Tensor]) -> list[list[int]]:
@@ -62,7 +67,7 @@ def alike(rows: Sequence["Row"], counts: Mapping[int, Tensor]) -> list[list[int]
             values.shape,
             values.device,
             row.top_k,
-            row.maps,
+            id(row.maps),
             row.num_counted,
             row.used_min_AE is None,
             row.prior_counts_AE is None,
@@ -73,9 +78,13 @@ def alike(rows: Sequence["Row"], counts: Mapping[int, Tensor]) -> list[list[int]
 
 
 def step_counts(
-    rows: Sequence["Row"], mode: CountsMode, num_microbatches: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """(L, A, E) counts and (L,) valid tokens of a step of M microbatches, as far as ``mode`` knows them.
+    rows: Sequence["Row"],
+    mode: CountsMode,
+    num_microbatches: int,
+    dtype: torch.dtype,
+    counted: StepTotals,
+) -> StepCounts:
+    """(L, A, E) counts of a step of M microbatches, as far as ``mode`` knows them, and their load fractions.
 
     Also remembers the range of load fractions that was read; repeating it changes nothing.
 
@@ -84,18 +93,11 @@ def step_counts(
         mode: where counts of microbatches that have not run come from.
         num_microbatches: M.
         dtype: of the results.
-
-    Raises:
-        RuntimeError: nothing was counted.
+        counted: sizes so far, of all rows.
     """
     first = rows[0]
-    if first.counts_AE is None:
-        raise RuntimeError(
-            f"{first.name}: backward runs but no forward of this step was counted; call balancer.step() "
-            "after the optimiser step, not between forward and backward"
-        )
     counts_LAE = _stacked([row.counts_AE for row in rows]).to(dtype)
-    num_tokens_L = _stacked([row.num_tokens for row in rows]).to(dtype)
+    num_tokens_L, slots = counted.num_tokens, counts_LAE.shape[-1] / first.top_k
     missing = num_microbatches - first.num_counted
     if first.prior_counts_AE is not None and (mode == "previous" or (mode == "prior" and missing > 0)):
         prior_LAE = _stacked([row.prior_counts_AE for row in rows]).to(counts_LAE)
@@ -105,21 +107,29 @@ def step_counts(
         else:
             share = missing / first.prior_num_microbatches
             counts_LAE, num_tokens_L = counts_LAE + prior_LAE * share, num_tokens_L + prior_L * share
-    _note_used(rows, load_fraction(counts_LAE, num_tokens_L[:, None], first.top_k))
-    return counts_LAE, num_tokens_L
+        load_LAE = counts_LAE * (inverse(num_tokens_L) * slots)[:, None, None]
+    else:
+        load_LAE = counts_LAE * counted.weight("num_tokens", slots)
+    _note_used(rows, load_LAE)
+    return StepCounts(counts_LAE, num_tokens_L, load_LAE)
 
 
 def _note_used(rows: Sequence["Row"], load_LAE: Tensor) -> None:
-    minima_LAE = maxima_LAE = load_LAE
+    minima = maxima = load_LAE.unbind()
     if all(row.used_min_AE is not None for row in rows):
-        minima_LAE = torch.minimum(load_LAE, _stacked([row.used_min_AE for row in rows]))
-        maxima_LAE = torch.maximum(load_LAE, _stacked([row.used_max_AE for row in rows]))
-    for row, minimum_AE, maximum_AE in zip(rows, minima_LAE.unbind(), maxima_LAE.unbind(), strict=True):
+        minima = torch.minimum(load_LAE, _stacked([row.used_min_AE for row in rows])).unbind()
+        maxima = torch.maximum(load_LAE, _stacked([row.used_max_AE for row in rows])).unbind()
+    for row, minimum_AE, maximum_AE in zip(rows, minima, maxima, strict=True):
         row.used_min_AE, row.used_max_AE = minimum_AE, maximum_AE
 
 
 def _stacked(tensors: Sequence[Tensor | None]) -> Tensor:
-    return torch.stack([tensor for tensor in tensors if tensor is not None])
+    return stack_layers([tensor for tensor in tensors if tensor is not None])
+
+
+def stack_layers(tensors: Sequence[Tensor]) -> Tensor:
+    """(L, ...) of what each layer has; of one layer a view."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)  # type: ignore[arg-type]
 
 
 @dataclass(slots=True)
