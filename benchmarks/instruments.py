@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -119,8 +120,8 @@ def held_bytes(
 ) -> int:
     """Bytes of distinct storages that live between forward and backward, but of the result.
 
-    What autograd saves, and in eager whatever else operators made that still lives: hooks of autograd's nodes hold
-    tensors too.
+    What autograd saves, and in eager whatever else operators made that still lives and whatever else Python holds:
+    hooks of autograd's nodes hold tensors too, of which leaf logits were made by no operator.
 
     Args:
         forward: returns what backward is called with.
@@ -142,19 +143,33 @@ def held_bytes(
         patch.object(hooks, "saved_tensors_are_packed", lambda: False),
         nullcontext() if compiled else unwatched(),
         nullcontext() if compiled else live,
+        new_tensors() as found,
     ):
         result = forward()
-    storages = live.made()
-    for tensor in tree_leaves(result):
-        if isinstance(tensor, Tensor):
-            storages.pop(tensor.untyped_storage().data_ptr(), None)
-    excluded = {tensor.untyped_storage().data_ptr() for tensor in others}
-    for held in alive:
-        storage = held.tensor.untyped_storage()
-        if storage.data_ptr() not in excluded:
-            storages[storage.data_ptr()] = storage.nbytes()
+        by_python = {} if compiled else _storages(found())
+    returned = _storages(tensor for tensor in tree_leaves(result) if isinstance(tensor, Tensor))
+    storages = {key: nbytes for key, nbytes in (live.made() | by_python).items() if key not in returned}
+    storages |= _storages(held.tensor for held in alive)
+    for key in _storages(others):
+        storages.pop(key, None)
     backward(result)
     return sum(storages.values())
+
+
+def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Bytes of storages, by address."""
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+
+@contextmanager
+def new_tensors() -> Iterator[Callable[[], list[Tensor]]]:
+    """Gives what finds the tensors that Python has got inside and still holds, also views of older ones."""
+    gc.freeze()  # what there is already is not among the collector's objects then
+    try:
+        yield lambda: [found for found in gc.get_objects() if issubclass(type(found), Tensor)]
+    finally:
+        gc.unfreeze()
 
 
 class LiveBytes(TorchDispatchMode):

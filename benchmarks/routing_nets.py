@@ -1,4 +1,5 @@
-"""What every variant of `routing_overhead` is made of: sizes, the common routing, layers of routers with losses.
+"""What every variant of `routing_overhead` is made of: sizes, the common routing, layers of routers with losses,
+and one forward and backward of it.
 
 Shapes: T tokens, B sequences, D width, E experts, K top-k, L layers.
 """
@@ -146,3 +147,56 @@ class Variant:
     def name(self) -> str:
         """Key in results."""
         return f"{self.family}: {self.objective}"
+
+
+@dataclass
+class Data:
+    """Inputs and upstream gradients of one case."""
+
+    input_ids: Tensor
+    inputs: list[Tensor]
+    grads_TK: list[Tensor]
+    grads_TE: list[Tensor]
+
+
+def make_data(case: Case, seed: int = 0) -> Data:
+    """Random logits (leaves) or gate inputs, and random gradients of the routing weights."""
+    generator = torch.Generator().manual_seed(seed)
+    width = case.gate_dim or case.num_experts
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    layers = range(case.layers)
+    return Data(
+        input_ids=torch.zeros(case.sequences, case.tokens // case.sequences, dtype=torch.int64),
+        inputs=[randn(case.tokens, width).requires_grad_() for _ in layers],
+        grads_TK=[randn(case.tokens, case.top_k) for _ in layers],
+        grads_TE=[randn(case.tokens, case.num_experts) for _ in layers],
+    )
+
+
+def forward(variant: Variant, data: Data) -> tuple[list[Tensor], list[Tensor | None]]:
+    """One forward of all layers: what to backpropagate, and with which gradients."""
+    run = variant.compiled or variant.net
+    weights, losses = run(data.input_ids, data.inputs)
+    grads: list[Tensor | None] = list(data.grads_TE if variant.dense else data.grads_TK)
+    return [*weights, *losses], [*grads, *([None] * len(losses))]
+
+
+def backward(result: tuple[list[Tensor], list[Tensor | None]]) -> None:
+    """The backward of `forward`'s result."""
+    torch.autograd.backward(*result)
+
+
+def clear(variant: Variant, data: Data) -> None:
+    """End the optimiser step and drop gradients; not timed."""
+    if variant.balancer is not None:
+        variant.balancer.step()
+    drop_gradients(variant, data)
+
+
+def drop_gradients(variant: Variant, data: Data) -> None:
+    """Of inputs and parameters."""
+    for tensor in (*data.inputs, *variant.net.parameters()):
+        tensor.grad = None

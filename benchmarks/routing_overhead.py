@@ -16,15 +16,26 @@ import statistics
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks import launches
 from benchmarks.common import Settings
 from benchmarks.instruments import Line, count_ops, held_bytes
-from benchmarks.routing_nets import ROUTING, Case, Variant
+from benchmarks.routing_nets import (
+    ROUTING,
+    Case,
+    Data,
+    Variant,
+    backward,
+    clear,
+    drop_gradients,
+    forward,
+    make_data,
+)
 from benchmarks.routing_variants import MORE_IN_ALL, OBJECTIVES, build_variants
 from benchmarks.timing import Arm, compare_clocks, measure
 from trimtab.reference import RoutedTokens, reference_loss
@@ -41,60 +52,8 @@ COMPILED = {
     "transformers": ("batch",),
     "Megatron functions": ("sequence + z",),
 }
-FIT_LAYERS = (1, 2, 4, 8)
-
-
-@dataclass
-class Data:
-    """Inputs and upstream gradients of one case."""
-
-    input_ids: Tensor
-    inputs: list[Tensor]
-    grads_TK: list[Tensor]
-    grads_TE: list[Tensor]
-
-
-def make_data(case: Case, seed: int = 0) -> Data:
-    """Random logits (leaves) or gate inputs, and random gradients of the routing weights."""
-    generator = torch.Generator().manual_seed(seed)
-    width = case.gate_dim or case.num_experts
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    layers = range(case.layers)
-    return Data(
-        input_ids=torch.zeros(case.sequences, case.tokens // case.sequences, dtype=torch.int64),
-        inputs=[randn(case.tokens, width).requires_grad_() for _ in layers],
-        grads_TK=[randn(case.tokens, case.top_k) for _ in layers],
-        grads_TE=[randn(case.tokens, case.num_experts) for _ in layers],
-    )
-
-
-def forward(variant: Variant, data: Data) -> tuple[list[Tensor], list[Tensor | None]]:
-    """One forward of all layers: what to backpropagate, and with which gradients."""
-    run = variant.compiled or variant.net
-    weights, losses = run(data.input_ids, data.inputs)
-    grads: list[Tensor | None] = list(data.grads_TE if variant.dense else data.grads_TK)
-    return [*weights, *losses], [*grads, *([None] * len(losses))]
-
-
-def backward(result: tuple[list[Tensor], list[Tensor | None]]) -> None:
-    """The backward of `forward`'s result."""
-    torch.autograd.backward(*result)
-
-
-def clear(variant: Variant, data: Data) -> None:
-    """End the optimiser step and drop gradients; not timed."""
-    if variant.balancer is not None:
-        variant.balancer.step()
-    drop_gradients(variant, data)
-
-
-def drop_gradients(variant: Variant, data: Data) -> None:
-    """Of inputs and parameters."""
-    for tensor in (*data.inputs, *variant.net.parameters()):
-        tensor.grad = None
+# Not 1: a single layer needs nothing that brings layers together.
+FIT_LAYERS = (2, 4, 8)
 
 
 # -------------------------------------------------------------------------------- correctness
@@ -332,6 +291,7 @@ def run(settings: Settings) -> dict[str, Any]:
         for case, compiler in todo
     ]
     results, operators = [], {}
+    launched = launches.measure(quick=settings.quick)
     for (case, compiler), share in zip(todo, shares, strict=True):
         seconds = 0.6 * settings.seconds * share / sum(shares)
         group = f"{case.score}, gate D={case.gate_dim}" if case.gate_dim else case.score
@@ -345,7 +305,7 @@ def run(settings: Settings) -> dict[str, Any]:
             f"  {done}: {results[-1]['rows'][0]['routing']['cpu']['rounds']} rounds, load {loads[-1]:.2f}",
             flush=True,
         )
-    return {"loads": loads, "results": results, "operators": operators}
+    return {"loads": loads, "results": results, "operators": operators, "launches": launched}
 
 
 if __name__ == "__main__":

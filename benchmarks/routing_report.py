@@ -89,6 +89,46 @@ def operator_rows(lines: dict[str, dict[str, float]]) -> tuple[list[str], list[l
     return ["what", "by layer", "by microbatch", "off the line"], rows
 
 
+def launch_lines(report: dict[str, Any]) -> list[str]:
+    """What CUDA's path launches, in words and tables."""
+    launches = report.get("launches", {"why": "not counted in that run, so it must be made anew"})
+    if "why" in launches:
+        return ["", f"### Launches on CUDA's path\n\nNot measured: {launches['why']}."]
+    lines = [
+        "",
+        "### Launches on CUDA's path",
+        "",
+        "Of one forward and backward: aten operators, without views and mere allocations, and Triton kernels, each "
+        "as one. Counted on a CPU, where Triton's interpreter executes what routes on CUDA, and a line through "
+        "several L. What is copied to a card once for a microbatch is not among it, and an aten operator may be "
+        "several kernels. Rows but the first two are the fused path with these losses.",
+    ]
+    for score, of_losses in launches["lines"].items():
+        alone = of_losses["routing alone"]["per_layer"]
+        rows = []
+        for name, line in of_losses.items():
+            more = "–" if name == "routing alone" else f"{line['per_layer'] - alone:+.1f}"
+            error = f"{line['error']:.1f}" if line["error"] > 0.01 else "0"
+            numbers = [
+                f"{line['per_layer']:.1f}",
+                f"{line['kernels']:.1f}",
+                more,
+                f"{line['fixed']:.1f}",
+                error,
+            ]
+            rows.append([name, *numbers])
+        header = [
+            "what",
+            "by layer",
+            "of these Triton's",
+            "over routing alone",
+            "by microbatch",
+            "off the line",
+        ]
+        lines += ["", f"#### Launches: {score}", "", markdown_table(header, rows)]
+    return lines
+
+
 def markdown(report: dict[str, Any]) -> str:
     """The section of RESULTS.md."""
     clock, results = report["clock"], report["results"]
@@ -105,7 +145,8 @@ def markdown(report: dict[str, Any]) -> str:
         "### Budget",
         "",
         "The worst number of any loss in each column, logits as leaves, with the 95% interval of its median; "
-        f'"not decided" where the limit lies inside it. {budget.summary(promises)}',
+        f'"not decided" where the limit lies inside it. Lines without a limit are information. '
+        f"{budget.summary(promises)}",
         "",
         budget.table(promises),
         "",
@@ -126,12 +167,14 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         f"`balancer.step()` with all losses, once per optimiser step: {min(steps):.2f} to {max(steps):.2f} ms by "
         "layer.",
+        *launch_lines(report),
         "",
         "### Operators",
         "",
-        "Dispatched aten operators, without views and mere allocations, of one forward and backward, less those of "
-        "the routing: a line through L = 1, 2, 4 and 8 layers, so that what is done once for all layers of a "
-        "microbatch stands apart.",
+        "Aten operators that a CPU dispatches at T = 16 B, without views and mere allocations, of one forward and "
+        "backward, less those of the routing: a line through L = 2, 4 and 8 layers, so that what is done once "
+        "for all layers of a microbatch stands apart. Many tokens are taken in blocks, and their experts chosen in "
+        "rounds, which are more operators.",
     ]
     for name, lines_of in report["operators"].items():
         lines += ["", f"#### Operators: {name}", "", markdown_table(*operator_rows(lines_of))]

@@ -151,7 +151,7 @@ def trimtab_variants(case: Case) -> list[Variant]:
     for words, keep in keeps.items():
         suffix = f", {words}" if words else ""
         for objective in OBJECTIVES:
-            # The default, which without a gate holds logits only where the routing takes no softmax.
+            # The default, which without a gate holds logits only for z-losses at sigmoids.
             stock_keep = keep if case.gate_dim else "input"
             add(f"trimtab hook{suffix}", objective, Routing, stock_keep, False)
         for objective in OBJECTIVES:

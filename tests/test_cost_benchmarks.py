@@ -4,19 +4,20 @@ import json
 import math
 import random
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from benchmarks import __main__ as command
 from benchmarks import budget, common, gpu, memory, page, routing_overhead, routing_peers, timing
-from benchmarks.budget import MET, MISSED, UNDECIDED, UNMEASURED, Cell, Promise
+from benchmarks.budget import INFORMATION, MET, MISSED, UNDECIDED, UNMEASURED, Cell, Promise
 from benchmarks.common import ROOT
 from benchmarks.instruments import Line, LiveBytes, OpCounter, count_ops, held_bytes
 from benchmarks.routing_nets import Case
 from benchmarks.routing_variants import OBJECTIVES, build_variants
 from benchmarks.timing import Arm, Times
-from trimtab import ops
+from trimtab import ops, score_node
 
 TINY = {"tokens": 64, "sequences": 4, "num_experts": 16, "top_k": 2, "layers": 2}
 
@@ -81,6 +82,28 @@ def test_held_bytes_are_distinct_storages_that_are_not_excluded():
     assert held(lambda: x.exp() * x.exp(), x) == 2 * 10 * 8 * 4
     assert held(lambda: x.exp().view(-1).exp().exp()) == 3 * 10 * 8 * 4
     assert held(lambda: x + 1) == 0
+
+
+def test_what_hooks_of_nodes_hold_is_held_though_no_operator_made_it():
+    x = torch.randn(10, 8, requires_grad=True)
+
+    def forward(held):
+        y = x + 1
+        y.grad_fn.register_prehook(partial(_given_nothing, held()))
+        return y.sum()
+
+    def held(what, *others):
+        return held_bytes(lambda: forward(what), lambda loss: loss.backward(), others)
+
+    assert held(lambda: None) == 0
+    assert held(x.detach) == 10 * 8 * 4
+    assert held(lambda: x.detach()[:, :1]) == 10 * 8 * 4  # of its storage
+    assert held(x.detach, x) == 0
+    assert held(x.detach().exp) == 10 * 8 * 4
+
+
+def _given_nothing(kept, grads):
+    """A hook that holds something."""
 
 
 def test_live_bytes_and_their_peak():
@@ -186,6 +209,25 @@ def test_held_memory(without_megatron):
     assert held["formula + autograd: z"] - base >= 1
 
 
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_the_hook_is_measured_at_the_routers_own_scores(score, monkeypatch, without_megatron):
+    case = Case(score=score, **TINY)
+    data = routing_overhead.make_data(case)
+    attached, attach = [], score_node.ScoreGradient.attach
+    monkeypatch.setattr(
+        score_node.ScoreGradient, "attach", lambda self, node: [attached.append(node), attach(self, node)]
+    )
+    held = {}
+    for variant in build_variants(case):
+        attached.clear()
+        held[variant.name] = routing_overhead.held_units(variant, case, data)
+        adds = variant.family == "trimtab hook" and variant.objective != "count only"
+        assert len(attached) == (case.layers if adds else 0), variant.name
+    # A z-loss needs logits, which a softmax tells up to a constant by token, and a sigmoid not.
+    more = held["trimtab hook: sequence + z"] - held["trimtab hook: sequence"]
+    assert int(more) == (score == "sigmoid")
+
+
 def test_operators_by_layer_and_by_microbatch(without_megatron):
     lines = routing_overhead.fit_operators(Case(score="softmax", **TINY))
     # Softmax, top-k, sum, division; backward: 10.
@@ -250,11 +292,31 @@ def test_the_budget_shows_the_worst_loss():
     assert promises["time, fused, softmax"].outcome == MET
     text = budget.table([promises["time, composable, softmax"]])
     assert text.splitlines()[-1] == "| time, composable, softmax | 1.10 | 1.200, z | **missed** |"
-    assert budget.summary(list(promises.values())).startswith(f"Of {len(promises)} limits ")
+    limits = sum(promise.limit is not None for promise in promises.values())
+    assert budget.summary(list(promises.values())).startswith(f"Of {limits} limits ")
     assert "1 missed" in budget.summary([*promises.values()])
     report["operators"]["softmax"]["trimtab hook: one more balance loss"]["per_layer"] = 6.0
     promises = {promise.what: promise for promise in budget.routing_promises(report)}
     assert promises["operators by layer, composable, each further balance loss"].outcome == MISSED
+
+
+def test_what_has_no_limit_is_information():
+    report = _quick_routing()
+    for row in report["results"][0]["rows"]:
+        row["own"]["cpu"] = dict(row["own"]["cpu"])
+        if (row["family"], row["objective"]) == ("trimtab fused", "all"):
+            row["own"]["cpu"] |= {"ratio": 1.4, "low": 1.3, "high": 1.5, "extra_ms": 0.25}
+    promises = budget.routing_promises(report)
+    without = [promise for promise in promises if promise.limit is None]
+    assert [promise.what for promise in without] == [
+        "time, fused, over `trimtab.Router` alone, softmax",
+        "operators by layer on a CPU, fused, the first balance loss",
+        "operators by layer on a CPU, fused, each further balance loss",
+    ]
+    assert {promise.outcome for promise in without} == {INFORMATION}
+    words = "| – | 1.400 [1.300, 1.500], +0.250 ms/layer, all | information |"
+    assert budget.table(without).splitlines()[2].endswith(words)
+    assert "information" not in budget.summary(promises)
 
 
 def _quick_routing():
@@ -304,6 +366,7 @@ def test_everything_runs_and_is_rendered_from_the_result_files(tmp_path, without
     assert page.block(tmp_path) in page_text
     for words in (
         "| time, fused, softmax | 1.05 |",
+        "| launches by layer on CUDA's path, fused, the first balance loss, over routing alone | 5 |",
         "- MoE layer, over the same",
         "- Held by a router (tiny)",
     ):
