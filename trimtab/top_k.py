@@ -32,8 +32,8 @@ def largest_ids(ranks_TE: Tensor, top_k: int, out_TK: Tensor | None = None) -> T
     Returns:
         (T, K) int64: NaN before all numbers, 0 and -0 equal, of equal values the lowest id first.
     """
-    few = top_k > _MOST_ROUNDS or ranks_TE.numel() < _LEAST_ELEMENTS
-    if ranks_TE.dtype == torch.float64 or few or not is_readable(ranks_TE):
+    in_rounds = top_k <= _MOST_ROUNDS and ranks_TE.numel() >= _LEAST_ELEMENTS
+    if ranks_TE.dtype == torch.float64 or not (in_rounds and is_readable(ranks_TE)):
         ids_TK = _sorted_ids(ranks_TE, top_k)
         return ids_TK if out_TK is None else out_TK.copy_(ids_TK)
     if out_TK is None:
@@ -59,10 +59,14 @@ def keys_of(ranks_TE: Tensor) -> Tensor:
     Args:
         ranks_TE: (T, E) float32. No gradient.
     """
-    # Adding 0 makes one zero of two. One NaN, whose sign puts it above infinity.
-    order_TE = (ranks_TE + 0.0).nan_to_num_(nan=math.nan, posinf=math.inf, neginf=-math.inf).view(torch.int32)
-    # Negative floats grow with their magnitude; what flips all bits but the sign turns their order around.
-    order_TE.bitwise_xor_((order_TE >> 31).bitwise_and_(torch.iinfo(torch.int32).max))
+    if is_readable(ranks_TE) and ranks_TE.numel() and float(ranks_TE.amin()) > 0:
+        order_TE = ranks_TE.view(torch.int32)  # in order as they are, and no NaN among them
+    else:
+        # Adding 0 makes one zero of two. One NaN, whose sign puts it above infinity.
+        made_TE = (ranks_TE + 0.0).nan_to_num_(nan=math.nan, posinf=math.inf, neginf=-math.inf)
+        order_TE = made_TE.view(torch.int32)
+        # Negative floats grow with their magnitude; what flips all bits but the sign turns their order around.
+        order_TE.bitwise_xor_((order_TE >> 31).bitwise_and_(torch.iinfo(torch.int32).max))
     places_E = _PLACE - torch.arange(ranks_TE.shape[-1], device=ranks_TE.device)
     return order_TE.to(torch.int64).bitwise_left_shift_(32).bitwise_or_(places_E)
 
