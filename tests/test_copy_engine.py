@@ -97,7 +97,7 @@ def test_there_and_back(log: list[str]) -> None:
 
 
 def test_memory_is_given_back_to_the_system(log: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.accelerator, "empty_host_cache", lambda: log.append("emptied"))
+    monkeypatch.setattr(torch.accelerator, "empty_host_cache", lambda: log.append("emptied"), raising=False)
     copies = HostCopies(Engine(), max_bytes=1024)
     held = [copies.send(torch.ones(4)) for _ in range(2)]
     for sent in held:

@@ -95,6 +95,7 @@ def peak_bytes(run: Any) -> int:
     return max(itertools.accumulate(nbytes for _, nbytes in changes))
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events:UserWarning")
 @pytest.mark.parametrize(
     ("score", "normalize"),
     [("softmax", True), ("softmax", False), ("sigmoid", True), ("sqrt_softplus", True)],
@@ -110,6 +111,7 @@ def test_memory_of_a_backward(score: str, normalize: bool) -> None:
     assert peak <= 1.3 * logits_TE.nbytes
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events:UserWarning")
 @pytest.mark.parametrize("biased", [False, True])
 def test_memory_of_a_forward(biased: bool) -> None:
     """Ranks are formed block by block too."""

@@ -82,6 +82,7 @@ def test_coefficients_that_change_leave_nothing_behind() -> None:
         balancer.step()
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events:UserWarning")
 @pytest.mark.parametrize(("objectives", "most"), [(OBJECTIVES, 22), ([OBJECTIVES[0], OBJECTIVES[-1]], 6)])
 def test_few_operators_form_the_targets_of_all_layers(objectives: list[Objective.Config], most: int) -> None:
     model = toy_model(num_layers=3)

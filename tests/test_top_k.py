@@ -124,7 +124,9 @@ def test_one_graph_for_all_numbers_of_tokens() -> None:
         logits_TE = torch.randn(tokens, 6, generator=torch.Generator().manual_seed(tokens))
         assert torch.equal(compiled(logits_TE), choose(logits_TE, routing, None))
     assert len(graphs) == 1
-    assert "trimtab.largest_ids" in str(graphs[0].graph)
+    # torch 2.11 says of everything that it compiles that it exports it, which has torch's operators alone.
+    is_exporting = torch.compile(lambda x: x + torch.compiler.is_exporting(), backend="eager")
+    assert ("trimtab.largest_ids" in str(graphs[0].graph)) == (is_exporting(torch.zeros(())) == 0)
     torch._dynamo.reset()
 
 

@@ -21,7 +21,12 @@ def is_readable(tensor: Tensor) -> bool:
     """Whether Python may branch on values: they lie in the host's memory, and no transformation is looking."""
     if type(tensor) is not Tensor or tensor.device.type != "cpu" or torch.compiler.is_compiling():
         return False
-    return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return not is_transformed(tensor)
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether a transformation of functions, as `torch.vmap`, stands behind it; False under a compiler."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def tokens_per_block(logits_TE: Tensor, num_temporaries: int = 1) -> int:

@@ -299,7 +299,8 @@ def describe(
         )
     num_groups = 1 if unit is None else num_sequences
     if valid_mask_T is None:
-        num_tokens_G = (even_groups or _even_groups)(num_groups, num_rows // max(num_groups, 1), device)
+        form = _even_groups if even_groups is None else even_groups
+        num_tokens_G = form(num_groups, num_rows // max(num_groups, 1), device)
     else:
         num_tokens_G = valid_mask_T.view(num_groups, num_rows // max(num_groups, 1)).sum(dim=1)
     return Microbatch(active, num_tokens_G, num_rows, num_sequences, None, valid_mask_T)

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from trimtab.blocks import is_readable, token_blocks, tokens_per_block
+from trimtab.blocks import is_readable, is_transformed, token_blocks, tokens_per_block
 
 _PLACE = 2**32 - 1  # the bits of a key that hold its column
 _TAKEN = torch.iinfo(torch.int64).min  # below every key
@@ -47,8 +47,8 @@ def largest_ids(ranks_TE: Tensor, top_k: int, out_TK: Tensor | None = None) -> T
 
 
 def _sorted_ids(ranks_TE: Tensor, top_k: int) -> Tensor:
-    if ranks_TE.dtype == torch.float64:
-        # A value and its place, of 64 bits together, have no room in one integer.
+    # Of float64, a value and its place have no room in one integer; and not every transformation views bits.
+    if ranks_TE.dtype == torch.float64 or is_transformed(ranks_TE):
         return ranks_TE.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
     return keys_of(ranks_TE).topk(top_k, dim=-1).indices
 

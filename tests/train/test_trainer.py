@@ -1,3 +1,4 @@
+import importlib.metadata
 import json
 import math
 import signal
@@ -53,7 +54,7 @@ def test_a_run_learns_and_leaves_what_it_promises(tmp_path):
         == "Sign"
     )
     environment = (result.run_dir / "environment.json").read_text()
-    assert json.loads(environment)["packages"]["torch"] == torch.__version__
+    assert json.loads(environment)["packages"]["torch"] == importlib.metadata.version("torch")
     assert str(Path.home()) not in environment
     assert (result.run_dir / "checkpoints" / "latest").read_text() == "step-000020\n"
     (start,) = records(result.run_dir, "start")
