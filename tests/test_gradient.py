@@ -1,6 +1,7 @@
 """The closed form in blocks: the same numbers, one block of memory, exact where scores saturate."""
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from trimtab.gradient import logit_gradient, sum_probs
 from trimtab.reference import naive_probs
 from trimtab.routing import Routing, choose, weigh
 from trimtab.scores import SCORE_NAMES, log_scores
+from trimtab.traced_gradient import traced_gradient
 
 DRAW = torch.Generator()
 
@@ -162,8 +164,15 @@ def test_rows_of_vanishing_sigmoids_change_no_other_row() -> None:
 
 
 @pytest.mark.parametrize("offset", [-1e4, -200.0, -37.0, 0.0, 12.0, 40.0, 1e4])
-@pytest.mark.parametrize("score", SCORE_NAMES)
-def test_rows_far_from_zero(score: str, offset: float) -> None:
+@pytest.mark.parametrize(
+    ("gradient", "score"),
+    [
+        *((logit_gradient, score) for score in SCORE_NAMES),
+        (traced_gradient, "softmax"),
+        (traced_gradient, "sigmoid"),
+    ],
+)
+def test_rows_far_from_zero(gradient: Callable[..., Tensor], score: str, offset: float) -> None:
     """In float32 against autograd in float64, off by some ulps of p times the largest target."""
     logits_TE = (randn(6, 7) + offset).float()
     target_GE, z_weight = randn(1, 7, seed=1), torch.tensor(0.01, dtype=torch.float64)
@@ -171,7 +180,7 @@ def test_rows_far_from_zero(score: str, offset: float) -> None:
     p_TE = log_scores(wide_TE, score).softmax(dim=-1)
     loss = (p_TE * target_GE).sum() + z_weight * (wide_TE.logsumexp(dim=-1) ** 2).sum()
     (want_TE,) = torch.autograd.grad(loss, wide_TE)
-    have_TE = logit_gradient(logits_TE, score, target_GE.float(), z_weight.float(), None, None)
+    have_TE = gradient(logits_TE, score, target_GE.float(), z_weight.float(), None, None)
     limit_TE = p_TE.detach() * target_GE.abs().max() + want_TE.abs()
     assert ((have_TE - want_TE).abs() <= 1e-6 * limit_TE.amax(dim=-1, keepdim=True)).all()
 

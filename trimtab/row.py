@@ -129,7 +129,7 @@ def _stacked(tensors: Sequence[Tensor | None]) -> Tensor:
 
 def stack_layers(tensors: Sequence[Tensor]) -> Tensor:
     """(L, ...) of what each layer has; of one layer a view."""
-    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)  # type: ignore[arg-type]
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
 
 
 @dataclass(slots=True)

@@ -1,8 +1,8 @@
 """Ids of the k largest of each row, the lowest ids of equal ones: one choice for all devices and algorithms.
 
 Every value becomes an integer in the order of floats, with the complement of its place below it. No two are equal
-then, so that no algorithm has anything to choose. On a CPU, where `torch.topk` spends most of a router's time,
-taking one largest integer after the other along vector registers needs a quarter of it.
+then, so that no algorithm has anything to choose. On a CPU, where `torch.topk` takes most of a router's time, one
+largest integer after the other is taken along vector registers instead.
 
 Shapes: T tokens, E experts, K top-k.
 """
@@ -59,14 +59,10 @@ def keys_of(ranks_TE: Tensor) -> Tensor:
     Args:
         ranks_TE: (T, E) float32. No gradient.
     """
-    if is_readable(ranks_TE) and ranks_TE.numel() and float(ranks_TE.amin()) > 0:
-        order_TE = ranks_TE.view(torch.int32)  # in order as they are, and no NaN among them
-    else:
-        # Adding 0 makes one zero of two. One NaN, whose sign puts it above infinity.
-        made_TE = (ranks_TE + 0.0).nan_to_num_(nan=math.nan, posinf=math.inf, neginf=-math.inf)
-        order_TE = made_TE.view(torch.int32)
-        # Negative floats grow with their magnitude; what flips all bits but the sign turns their order around.
-        order_TE.bitwise_xor_((order_TE >> 31).bitwise_and_(torch.iinfo(torch.int32).max))
+    # Adding 0 makes one zero of two. One NaN, whose sign puts it above infinity.
+    order_TE = (ranks_TE + 0.0).nan_to_num_(nan=math.nan, posinf=math.inf, neginf=-math.inf).view(torch.int32)
+    # Negative floats grow with their magnitude; what flips all bits but the sign turns their order around.
+    order_TE.bitwise_xor_((order_TE >> 31).bitwise_and_(torch.iinfo(torch.int32).max))
     places_E = _PLACE - torch.arange(ranks_TE.shape[-1], device=ranks_TE.device)
     return order_TE.to(torch.int64).bitwise_left_shift_(32).bitwise_or_(places_E)
 

@@ -29,14 +29,14 @@ def traced_gradient(
     """Gradient of all objectives with respect to the logits, in formulas that a compiler fuses.
 
     Args:
-        logits_TE: (T, E) logits z in the compute dtype. No gradient.
-        score: score function, gives p and h.
-        target_GE: (G, E) dL/dp of each group, (1, E) for all tokens, or None without balance loss.
-        z_weight: () dL/d(sum of lse^2), or None without z-loss.
-        group_ids_T: (T,) group of each token; None for G contiguous groups of T / G tokens.
-        valid_mask_T: (T,) bool, rows that are False get zero; None for all True.
+        logits_TE: as of `trimtab.gradient.logit_gradient`.
+        score: same.
+        target_GE: same.
+        z_weight: same.
+        group_ids_T: same.
+        valid_mask_T: same.
         largest_ids_T1: (T, 1) int64 place of the largest logit of each row, if it is known.
-        chosen_TK: (T, K) int64 experts and (T, K) further dL/dp of these, masked or not.
+        chosen_TK: same.
 
     Returns:
         (T, E) in the compute dtype, what `trimtab.gradient.logit_gradient` returns to the last few ulps.
